@@ -1,0 +1,17 @@
+// What this processor and its operating system let a kernel use; read once, at run time, never at build time.
+#pragma once
+
+#include <array>
+
+namespace pusa {
+
+struct CpuFeature {
+  const char* name;
+  bool usable;
+};
+
+// In the order in which a dispatcher widens its choice. All false on processors other than x86-64.
+// "amx" is bf16 tiles; on Linux a process must still ask for the tile state (arch_prctl) before its first tile instruction.
+std::array<CpuFeature, 6> cpu_features();
+
+}  // namespace pusa

@@ -1,0 +1,43 @@
+"""Runs and trains Pusa: Wan video transformers with one noise level per latent frame.
+
+The public names load on first use: importing this package loads no triton, transformers, diffusers or av and touches no GPU.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pusa_fast.config import DiTConfig, VAEConfig
+    from pusa_fast.model.dit import WanDiT
+    from pusa_fast.model.tiling import Tiling
+    from pusa_fast.model.vae import WanVAE
+    from pusa_fast.pipeline import Pipeline
+    from pusa_fast.sampling.task import Condition
+
+__version__ = "0.1.0"  # the build reads this line
+
+__all__ = ["Condition", "DiTConfig", "Pipeline", "Tiling", "VAEConfig", "WanDiT", "WanVAE", "__version__"]
+
+_HOME = {
+    "Condition": "pusa_fast.sampling.task",
+    "DiTConfig": "pusa_fast.config",
+    "Pipeline": "pusa_fast.pipeline",
+    "Tiling": "pusa_fast.model.tiling",
+    "VAEConfig": "pusa_fast.config",
+    "WanDiT": "pusa_fast.model.dit",
+    "WanVAE": "pusa_fast.model.vae",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pusa_fast' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

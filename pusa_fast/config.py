@@ -1,0 +1,107 @@
+"""Model configurations, and every published Wan variant that Pusa runs on, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+# Per-channel statistics of the Wan2.1 VAE's latents (reference: diffsynth/models/wan_video_vae.py).
+WAN_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+WAN_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Shape of a Wan video transformer.
+
+    Raises ValueError where the numbers cannot form one: `dim` not a multiple of `num_heads`, an odd head dimension
+    or `freq_dim`, or a size below one.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        for name in ("dim", "ffn_dim", "num_heads", "num_layers", "in_channels", "out_channels", "text_dim", "freq_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"DiTConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.dim % self.num_heads:
+            raise ValueError(f"DiTConfig.dim={self.dim} is not a multiple of num_heads={self.num_heads}")
+        if self.head_dim % 2 or self.freq_dim % 2:
+            raise ValueError(f"DiTConfig: head_dim={self.head_dim} and freq_dim={self.freq_dim} must be even")
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
+            raise ValueError(f"DiTConfig.patch_size must be (1, h, w): one token row per latent frame; got {self.patch_size}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of a Wan2.1-layout causal video VAE; `latents_mean/std` hold `z_dim` floats each.
+
+    Raises ValueError where the lengths of the tuples do not agree.
+    """
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = WAN_MEAN
+    latents_std: tuple[float, ...] = WAN_STD
+
+    def __post_init__(self) -> None:
+        for name in ("dim_mult", "temporal_downsample", "latents_mean", "latents_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(
+                f"VAEConfig.temporal_downsample needs {len(self.dim_mult) - 1} entries, one per downsampling between "
+                f"the {len(self.dim_mult)} levels of dim_mult; got {len(self.temporal_downsample)}"
+            )
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) != self.z_dim:
+                raise ValueError(f"VAEConfig.{name} needs z_dim={self.z_dim} values, got {len(getattr(self, name))}: give your own")
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent pixel, along height and width."""
+        return int(2 ** (len(self.dim_mult) - 1))
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame after the first."""
+        return int(2 ** sum(self.temporal_downsample))
+
+
+_WAN_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+
+# Published variants by name. An exact match of tensor names and shapes with one of these configures a bare checkpoint.
+MODELS: Mapping[str, DiTConfig | VAEConfig] = MappingProxyType(
+    {
+        "wan2.1-t2v-14b": _WAN_14B,
+        "wan2.1-t2v-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+        "wan2.2-t2v-a14b": _WAN_14B,  # each of the two experts
+        "wan2.2-ti2v-5b": DiTConfig(
+            dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_channels=48, out_channels=48
+        ),
+        "wan2.1-vae": VAEConfig(),
+    }
+)

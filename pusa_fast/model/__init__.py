@@ -1,0 +1,1 @@
+"""The networks: Wan transformer with per-frame timesteps, causal video VAE, text encoder."""
