@@ -1,0 +1,114 @@
+"""The mathematics: every op of the transformer in plain torch, for any float dtype.
+
+Each function computes in float32 (float64 for float64 inputs) and rounds once, on return: run on float64 inputs it is
+the oracle that the kernels are tested against, run on bf16 it is the fallback that works everywhere.
+
+Shapes: B batch, F latent frames, L tokens (frame-major: token n belongs to frame n // (L / F)), D model width, H heads,
+K head width, C channels, (h, w) grid of tokens or latent pixels, P positions in a rotary table.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _split_frames(x_BLD: Tensor, frames: int) -> Tensor:
+    """[B, L, D] -> view [B, F, L/F, D], so that a frame's row broadcasts instead of being copied to its tokens."""
+    return torch.unflatten(x_BLD, 1, (frames, x_BLD.shape[1] // frames))
+
+
+def residual_norm(
+    x: Tensor,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """r = x + gate[f] * y ; n = LN(r) * (1 + scale[f]) + shift[f], or LN(r) * weight + bias. Returns (r, n) in x's dtype.
+
+    x, y [B, L, D]; gate, scale, shift [B, F, D]; weight, bias [D]. Without y, r is x itself; without gate it is x + y.
+    The norm reads r before it is rounded to x's dtype.
+    """
+    acc = _accumulator(x.dtype)
+    r = x.to(acc)
+    if y is not None and gate is not None:
+        r_BFTD, y_BFTD = (_split_frames(t, gate.shape[1]) for t in (r, y.to(acc)))
+        r = torch.addcmul(r_BFTD, y_BFTD, gate.to(acc).unsqueeze(2)).flatten(1, 2)
+    elif y is not None:
+        r = r + y.to(acc)
+    weight, bias = (None if t is None else t.to(acc) for t in (weight, bias))
+    n = nnf.layer_norm(r, r.shape[-1:], weight, bias, eps)
+    if scale is not None and shift is not None:
+        n_BFTD = _split_frames(n, scale.shape[1])
+        n = torch.addcmul(shift.to(acc).unsqueeze(2), n_BFTD, 1 + scale.to(acc).unsqueeze(2)).flatten(1, 2)
+    return (x if y is None else r.to(x.dtype)), n.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [..., D], weight [D]; returns x's dtype."""
+    acc = _accumulator(x.dtype)
+    return nnf.rms_norm(x.to(acc), x.shape[-1:], weight.to(acc), eps).to(x.dtype)
+
+
+def rope_split(head_dim: int) -> tuple[int, int, int]:
+    """Columns of a head rotated by frame, row and column position: official Wan's split (spec 1.3.7), each of them even."""
+    third = 2 * (head_dim // 6)
+    return head_dim - 2 * third, third, third
+
+
+def _token_table(table_PK: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Per-axis table [P, K/2] -> [L, 1, K/2]: each token takes its frame's, row's and column's part of the columns."""
+    f, h, w = grid
+    by_f, by_h, by_w = torch.split(table_PK, [d // 2 for d in rope_split(2 * table_PK.shape[1])], dim=1)
+    parts = by_f[:f, None, None], by_h[None, :h, None], by_w[None, None, :w]
+    return torch.cat([part.expand(f, h, w, -1) for part in parts], dim=-1).flatten(0, 2).unsqueeze(1)
+
+
+def qk_rope(
+    qkv: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    grid: tuple[int, int, int],
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of q and of k over the full width H*K, then 3-D rotary embedding of adjacent pairs (2j, 2j+1).
+
+    qkv [B, L, 3, H, K]; weight_q, weight_k [H*K]; cos, sin [P, K/2] with P >= max(grid); grid (F, h, w), L = F*h*w.
+    Returns (q, k), each [B, L, H, K] in qkv's dtype; v is the view qkv[:, :, 2].
+    """
+    acc = _accumulator(qkv.dtype)
+    cos_L1K, sin_L1K = (_token_table(table.to(acc), grid) for table in (cos, sin))
+
+    def rotate(x_BLHK: Tensor, weight: Tensor) -> Tensor:
+        n = nnf.rms_norm(x_BLHK.to(acc).flatten(2), weight.shape, weight.to(acc), eps)
+        re, im = torch.unflatten(n, -1, (x_BLHK.shape[2], x_BLHK.shape[3] // 2, 2)).unbind(-1)
+        out = torch.stack((re * cos_L1K - im * sin_L1K, re * sin_L1K + im * cos_L1K), dim=-1)
+        return out.flatten(-2).to(qkv.dtype)
+
+    return rotate(qkv[:, :, 0], weight_q), rotate(qkv[:, :, 1], weight_k)
+
+
+def guided_euler_step(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: float, dsigma: Tensor) -> Tensor:
+    """x[f] += (v_neg + guidance * (v - v_neg))[f] * dsigma[f]: classifier-free guidance and a per-frame Euler step.
+
+    x, v, v_neg [B, C, F, h, w]; dsigma [F]. v_neg None: v as it is. A frame whose dsigma is 0 keeps its bits whatever v
+    holds. Returns x's dtype.
+    """
+    acc = _accumulator(x.dtype)
+    velocity = v.to(acc)
+    if v_neg is not None:
+        velocity = v_neg.to(acc) + guidance * (velocity - v_neg.to(acc))
+    dsigma_F11 = dsigma.to(acc)[:, None, None]
+    return torch.where(dsigma_F11 == 0, x, (x.to(acc) + velocity * dsigma_F11).to(x.dtype))

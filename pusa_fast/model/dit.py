@@ -1,0 +1,300 @@
+"""The Wan video transformer with one timestep per latent frame (paper arXiv 2507.16116; spec sections 1.2 to 1.5).
+
+Shape suffixes: B batch, C latent channels, F latent frames, h/w grid of tokens in a frame (latent pixels in `x_BCFhw`),
+L tokens = F*h*w in that order, D width, H heads, K head width, T context tokens, E context width, S steps, R distinct
+timesteps, 6 = (shift, scale, gate) of self-attention, then of the feed-forward.
+
+A frame's modulation stays one row [.., F, .., D]: kernels find a token's row by index. The residual travels as
+(x, y, gate) with x + gate * y still to be added, so that each norm adds it in the same pass over memory.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from pusa_fast import ops
+from pusa_fast.attention import attention
+from pusa_fast.config import DiTConfig
+from pusa_fast.model.rope import RopeCache
+
+Grid = tuple[int, int, int]
+Rope = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DiTState:
+    """What `WanDiT.prepare` computes once for all steps. `rows_SBF` says which row of the tables each frame reads."""
+
+    t_emb_RD: Tensor
+    t_mod_R6D: Tensor
+    rows_SBF: Tensor
+    cross_kv: tuple[tuple[Tensor, Tensor], ...]  # per block: k, v [B, T, H, K]
+    weights_version: int
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.num_heads, self.eps = config.num_heads, config.eps
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, config.eps)
+
+    def forward(self, x_BLD: Tensor, rope: Rope, grid: Grid, backend: str) -> Tensor:
+        qkv_BL3HK = torch.unflatten(self.qkv(x_BLD), -1, (3, self.num_heads, -1))
+        q, k = ops.qk_rope(qkv_BL3HK, self.norm_q.weight, self.norm_k.weight, *rope, grid, self.eps)
+        y: Tensor = self.o(attention(q, k, qkv_BL3HK[:, :, 2], backend).flatten(2))
+        return y
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.num_heads, self.eps = config.num_heads, config.eps
+        self.q = nn.Linear(config.dim, config.dim)
+        self.kv = nn.Linear(config.dim, 2 * config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = nn.RMSNorm(config.dim, config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, config.eps)
+
+    def prepare(self, context_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, T, H, K]: the same at every step."""
+        k, v = self.kv(context_BTD).chunk(2, dim=-1)
+        k = ops.rms_norm(k, self.norm_k.weight, self.eps)
+        return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+
+    def forward(self, x_BLD: Tensor, kv: tuple[Tensor, Tensor], backend: str) -> Tensor:
+        q = split_heads(ops.rms_norm(self.q(x_BLD), self.norm_q.weight, self.eps), self.num_heads)
+        y: Tensor = self.o(attention(q, *kv, backend).flatten(2))
+        return y
+
+
+class Block(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        y_BLD: Tensor | None,
+        gate_BFD: Tensor | None,
+        t_mod_BF6D: Tensor,
+        cross_kv: tuple[Tensor, Tensor],
+        rope: Rope,
+        grid: Grid,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, y, gate) before this block -> after it; x + gate * y is the residual stream."""
+        modulation_BF6D = self.modulation.to(t_mod_BF6D.dtype).unsqueeze(1) + t_mod_BF6D
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_BF6D.unbind(2)
+        x, n = ops.residual_norm(x_BLD, y_BLD, gate_BFD, scale=scale_msa, shift=shift_msa, eps=self.eps)
+        y = self.self_attn(n, rope, grid, backend)
+        x, n = ops.residual_norm(x, y, gate_msa, weight=self.norm3.weight, bias=self.norm3.bias, eps=self.eps)
+        y = self.cross_attn(n, cross_kv, backend)
+        x, n = ops.residual_norm(x, y, scale=scale_mlp, shift=shift_mlp, eps=self.eps)
+        return x, self.ffn(n), gate_mlp
+
+
+class Head(nn.Module):
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, config.out_channels * config.patch_size[1] * config.patch_size[2])
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x_BLD: Tensor, y_BLD: Tensor, gate_BFD: Tensor, t_emb_BFD: Tensor) -> Tensor:
+        # One time vector for shift and scale alike: t_emb, not t_mod (spec 1.5).
+        shift, scale = (self.modulation.to(t_emb_BFD.dtype).unsqueeze(1) + t_emb_BFD.unsqueeze(2)).unbind(2)
+        _, n = ops.residual_norm(x_BLD, y_BLD, gate_BFD, scale=scale, shift=shift, eps=self.eps)
+        out: Tensor = self.head(n)
+        return out
+
+
+class WanDiT(nn.Module):
+    """Predicts the velocity noise - x0 of latents whose frames may each be at their own noise level.
+
+    Parameters carry official Wan names, but for two packed ones: `blocks.i.self_attn.qkv` (rows q, k, v) and
+    `blocks.i.cross_attn.kv` (rows k, v). A new model is initialised as official Wan is.
+
+    Attributes: `config`; `attention_backend`, a name of `pusa_fast.attention`; `weights_version`, which whoever changes
+    weights in place increments, so that states prepared before are refused.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.attention_backend = "auto"
+        self.weights_version = 0
+        self._rope = RopeCache(config.head_dim)
+        D = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_channels, D, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, D), nn.GELU(approximate="tanh"), nn.Linear(D, D))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, D), nn.SiLU(), nn.Linear(D, D))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self._initialise()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def forward(self, x_BCFhw: Tensor, timestep: Tensor, context_BTE: Tensor) -> Tensor:
+        """Velocity, shape and dtype of x. timestep: scalar, [B] or [B, F], in [0, 1000], never truncated.
+
+        x [B, C, F, h, w] with h and w multiples of the patch; context [B, T, text_dim]. Raises ValueError otherwise.
+        """
+        self._grid(x_BCFhw)
+        B, F = x_BCFhw.shape[0], x_BCFhw.shape[2]
+        if timestep.shape not in ((), (B,), (B, F)):
+            raise ValueError(f"timestep must be a scalar, [B={B}] or [B={B}, F={F}], got {list(timestep.shape)}")
+        timestep_BF = timestep.unsqueeze(-1).expand(B, F) if timestep.ndim == 1 else timestep.expand(B, F)
+        return self.denoise(x_BCFhw, 0, self.prepare(timestep_BF.unsqueeze(0), context_BTE))
+
+    def prepare(self, timesteps: Tensor, contexts_BTE: Tensor) -> DiTState:
+        """Everything that does not depend on the latents, for S steps: modulation tables, cross-attention keys and values.
+
+        timesteps [S, F] (all batch items alike) or [S, B, F], in [0, 1000]; contexts [B, T, text_dim]. Raises ValueError.
+        """
+        if contexts_BTE.ndim != 3 or contexts_BTE.shape[2] != self.config.text_dim:
+            raise ValueError(f"context must be [B, T, text_dim={self.config.text_dim}], got {list(contexts_BTE.shape)}")
+        B = contexts_BTE.shape[0]
+        if timesteps.ndim not in (2, 3) or (timesteps.ndim == 3 and timesteps.shape[1] != B):
+            raise ValueError(f"timesteps must be [S, F] or [S, B={B}, F] for {B} contexts, got {list(timesteps.shape)}")
+        timesteps_SBF = timesteps if timesteps.ndim == 3 else timesteps.unsqueeze(1).expand(-1, B, -1)
+        t_emb_RD, t_mod_R6D, rows_SBF = self._time_tables(timesteps_SBF.to(self.device, torch.float32))
+        context_BTD = self.text_embedding(contexts_BTE.to(self.device, self.dtype))
+        cross_kv = tuple(module.prepare(context_BTD) for module in self.modules() if isinstance(module, CrossAttention))
+        return DiTState(t_emb_RD, t_mod_R6D, rows_SBF, cross_kv, self.weights_version)
+
+    def denoise(self, x_BCFhw: Tensor, step: int, state: DiTState) -> Tensor:
+        """Velocity at step `step` of a prepared run, in x's shape (out_channels for C) and dtype.
+
+        Raises ValueError for latents of another size than prepared for, RuntimeError for a state older than the weights.
+        """
+        if state.weights_version != self.weights_version:
+            raise RuntimeError(
+                f"this state was prepared with version {state.weights_version} of the weights, which are now at version "
+                f"{self.weights_version} (a LoRA changed): call prepare again"
+            )
+        grid = self._grid(x_BCFhw)
+        S, B, F = state.rows_SBF.shape
+        if not 0 <= step < S:
+            raise ValueError(f"step {step} is outside the {S} prepared steps: 0 to {S - 1}")
+        if (x_BCFhw.shape[0], grid[0]) != (B, F):
+            raise ValueError(f"x must have the batch {B} and the {F} frames prepared for, got {list(x_BCFhw.shape)}")
+        rows_BF = state.rows_SBF[step]
+        t_mod_BF6D, t_emb_BFD = state.t_mod_R6D[rows_BF], state.t_emb_RD[rows_BF]
+        rope = self._rope(grid, x_BCFhw.device)
+        # Under autocast the products run in bf16 while the residual stream stays in the weights' dtype.
+        x_BLD, y_BLD, gate_BFD = self._patchify(x_BCFhw.to(self.dtype)).to(self.dtype), None, None
+        for block, cross_kv in zip(self.blocks, state.cross_kv, strict=True):
+            x_BLD, y_BLD, gate_BFD = block(
+                x_BLD, y_BLD, gate_BFD, t_mod_BF6D, cross_kv, rope, grid, self.attention_backend
+            )
+        return self._unpatchify(self.head(x_BLD, y_BLD, gate_BFD, t_emb_BFD), grid).to(x_BCFhw.dtype)
+
+    def _grid(self, x_BCFhw: Tensor) -> Grid:
+        _, ph, pw = self.config.patch_size
+        if x_BCFhw.ndim != 5 or x_BCFhw.shape[1] != self.config.in_channels:
+            raise ValueError(f"x must be [B, C={self.config.in_channels}, F, h, w], got {list(x_BCFhw.shape)}")
+        F, height, width = x_BCFhw.shape[2:]
+        if F == 0 or height == 0 or width == 0 or height % ph or width % pw:
+            raise ValueError(
+                f"x must hold frames of height and width divisible by {ph} and {pw}, got {list(x_BCFhw.shape)}"
+            )
+        return F, height // ph, width // pw
+
+    def _patchify(self, x_BCFhw: Tensor) -> Tensor:
+        """The patch convolution as a product: its stride is its kernel, so each patch is read once."""
+        _, ph, pw = self.config.patch_size
+        patches = torch.unflatten(torch.unflatten(x_BCFhw, 4, (-1, pw)), 3, (-1, ph))  # B C F h ph w pw
+        patches_BLE = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+        return nnf.linear(patches_BLE, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def _unpatchify(self, out_BLE: Tensor, grid: Grid) -> Tensor:
+        """Undo patches whose channels stand in the order (ph, pw, c), unlike those of the input (spec 1.3.10)."""
+        _, ph, pw = self.config.patch_size
+        out = torch.unflatten(torch.unflatten(out_BLE, 2, (ph, pw, -1)), 1, grid)  # B F h w ph pw C
+        return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+    def _time_tables(self, timesteps_SBF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """t_emb [R, D] and t_mod [R, 6, D] in float32 or better, and the row of each frame [S, B, F].
+
+        Inference computes each distinct timestep once and alone: a product of several rows rounds by how many there are,
+        and a frame's result must not depend on its neighbours. Where autograd records, one product takes all rows.
+        """
+        recording = torch.is_grad_enabled()
+        if recording:
+            levels_R = timesteps_SBF.flatten()
+            rows_SBF = torch.arange(levels_R.numel(), device=levels_R.device).view(timesteps_SBF.shape)
+        else:
+            levels_R, rows_SBF = torch.unique(timesteps_SBF, return_inverse=True)
+        accumulator = torch.promote_types(self.dtype, torch.float32)
+
+        def linear(layer: nn.Linear, x_RD: Tensor) -> Tensor:
+            weight, bias = layer.weight.to(accumulator), layer.bias.to(accumulator)
+            if recording:
+                return nnf.linear(x_RD, weight, bias)
+            return torch.cat([nnf.linear(row, weight, bias) for row in torch.split(x_RD, 1)])
+
+        with _no_autocast(levels_R.device):
+            first, second, projection = (*linears(self.time_embedding), *linears(self.time_projection))
+            hidden_RD = linear(first, sinusoid(levels_R, self.config.freq_dim).to(accumulator))
+            t_emb_RD = linear(second, nnf.silu(hidden_RD))
+            t_mod_RD = linear(projection, nnf.silu(t_emb_RD))
+        return t_emb_RD, torch.unflatten(t_mod_RD, 1, (6, -1)), rows_SBF
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Official Wan's initialisation; each projection of a packed weight counts as one matrix of its own."""
+        D = self.config.dim
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                packed = name.endswith((".qkv", ".kv"))
+                for rows in torch.split(module.weight, D if packed else len(module.weight)):
+                    nn.init.xavier_uniform_(rows)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for layer in (*linears(self.text_embedding), *linears(self.time_embedding)):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+
+def sinusoid(timestep_R: Tensor, dim: int) -> Tensor:
+    """[R] -> [R, dim] float64: cosines, then sines, of timestep * 10000^(-2i / dim). No factor of 1000 inside."""
+    exponents = torch.arange(dim // 2, dtype=torch.float64, device=timestep_R.device) / (dim // 2)
+    angles = torch.outer(timestep_R.to(torch.float64), 10_000.0**-exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def split_heads(x_BLD: Tensor, num_heads: int) -> Tensor:
+    return torch.unflatten(x_BLD, -1, (num_heads, -1))
+
+
+def linears(module: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
