@@ -1,0 +1,131 @@
+"""Model directories: where the parts lie, and the defaults that go with them. Reads no weights.
+
+Three layouts: nano's own (`model.json`), diffusers (`model_index.json`) and official Wan (`Wan2.1_VAE.pth`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+# Defaults of published Wan models: sizes of the 480p models, the rest those of the reference's command line (spec 2.4, 3.1).
+WAN_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "num_frames": 81,
+        "height": 480,
+        "width": 832,
+        "fps": 16,
+        "steps": 30,
+        "guidance_scale": 3.0,
+        "shift": 5.0,
+        "negative_prompt": "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, "
+        "overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
+        "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three legs, "
+        "many people in the background, walking backwards",
+    }
+)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The parts of a model. `text_encoder`: a transformers directory, or one file of weights; `loras`: path to strength.
+
+    `defaults` has every key of WAN_DEFAULTS; `spec` is the whole model.json, empty for other layouts.
+    """
+
+    name: str
+    dit: Path
+    vae: Path
+    text_encoder: Path
+    tokenizer: Path
+    text_len: int = 512
+    loras: Mapping[Path, float] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=lambda: WAN_DEFAULTS)
+    spec: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_model(model: str | os.PathLike[str]) -> ModelFiles:
+    """Files and defaults of "nano" (shipped with the package) or of a directory.
+
+    Raises ValueError for a directory that is no model, saying what was looked for, and for a part that is missing.
+    """
+    embedded = model == "nano"
+    folder = Path(str(resources.files("pusa_fast") / "assets" / "nano")) if embedded else Path(model)
+    for marker, read in _LAYOUTS.items():
+        if (folder / marker).is_file():
+            return _complete(read(folder), folder)
+    what = "a directory" if folder.is_dir() else "a file" if folder.exists() else "missing"
+    hint = "; each expert of Wan2.2 is a transformer: load both and use ExpertPair" if (folder / "high_noise_model").is_dir() else ""
+    raise ValueError(f'{folder} ({what}) is no model: looked in it for {", ".join(_LAYOUTS)}; or give "nano"{hint}')
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): restore the file") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}: restore the file")
+    return value
+
+
+def _nano(folder: Path) -> ModelFiles:
+    path = folder / "model.json"
+    spec = _read_json(path)
+    try:
+        text, given = spec["text"], spec["defaults"]
+        unknown = sorted(set(given) - set(WAN_DEFAULTS))
+        if unknown:
+            raise ValueError(f"{path}: unknown defaults {', '.join(unknown)}: use {', '.join(WAN_DEFAULTS)}")
+        return ModelFiles(
+            name=spec["name"],
+            dit=folder / spec["dit"],
+            vae=folder / spec["vae"],
+            text_encoder=folder / text["encoder"],
+            tokenizer=folder / text["tokenizer"],
+            text_len=text["text_len"],
+            loras={folder / name: float(strength) for name, strength in spec.get("lora", {}).items()},
+            defaults=MappingProxyType({**WAN_DEFAULTS, **given}),
+            spec=spec,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} lacks or misshapes an entry ({error}): restore the file") from None
+
+
+def _diffusers(folder: Path) -> ModelFiles:
+    index = _read_json(folder / "model_index.json")
+    if not str(index.get("_class_name", "")).startswith("Wan"):
+        raise ValueError(f"{folder / 'model_index.json'} is of a {index.get('_class_name')}, not of a Wan pipeline")
+    second = index.get("transformer_2")
+    if second and second[0]:
+        raise ValueError(
+            f"{folder} holds two experts: load_dit its transformer and transformer_2, and build Pipeline(dit=ExpertPair(high, low), ...)"
+        )
+    return ModelFiles(folder.resolve().name, folder / "transformer", folder / "vae", folder / "text_encoder", folder / "tokenizer")
+
+
+def _official(folder: Path) -> ModelFiles:
+    tokenizers = [folder / name for name in ("google/umt5-xxl", "umt5-xxl")]
+    vae = next(folder / name for name in _OFFICIAL_VAES if (folder / name).is_file())
+    text = folder / "models_t5_umt5-xxl-enc-bf16"
+    encoder = text.with_name(text.name + (".safetensors" if text.with_name(text.name + ".safetensors").is_file() else ".pth"))
+    return ModelFiles(folder.resolve().name, folder, vae, encoder, next((t for t in tokenizers if t.is_dir()), tokenizers[0]))
+
+
+_OFFICIAL_VAES = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors")
+_LAYOUTS: Mapping[str, Callable[[Path], ModelFiles]] = MappingProxyType(
+    {"model.json": _nano, "model_index.json": _diffusers, **dict.fromkeys(_OFFICIAL_VAES, _official)}
+)
+
+
+def _complete(files: ModelFiles, folder: Path) -> ModelFiles:
+    for part in (files.dit, files.vae, files.text_encoder, files.tokenizer, *files.loras):
+        if not part.exists():
+            raise ValueError(f"{folder} is incomplete: {part.relative_to(folder)} is missing; download it, or build Pipeline from parts")
+    return files
