@@ -1,0 +1,278 @@
+"""The one-call API: prompt and conditions in, frames out.
+
+Shapes: T frames, F latent frames, C latent channels, H/W pixels, h/w latent size, L context rows, D text width.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pusa_fast.media import Medium, open_media
+from pusa_fast.model.dit import WanDiT
+from pusa_fast.model.text import TextEncoder
+from pusa_fast.model.tiling import Tiling
+from pusa_fast.model.vae import WanVAE
+from pusa_fast.sampling import conditioning, sampler, task
+from pusa_fast.sampling.schedule import lift, sigma_grid
+from pusa_fast.sampling.task import Condition, Plan, Settings
+from pusa_fast.weights.pretrained import WAN_DEFAULTS, ModelFiles, find_model
+
+LoRAs = Mapping[str | os.PathLike[str], float]
+
+# What to change when a stage runs out of memory.
+_RELIEF = {
+    "text": "load the model in a smaller dtype, or give prompt_embeds made elsewhere",
+    "encode": "use tiling=Tiling(), or a smaller height and width",
+    "denoise": "use fewer num_frames, a smaller height and width, or guidance_scale=1",
+    "decode": "use tiling=Tiling(), or a smaller height and width",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """A call that has passed every check that needs no model to run."""
+
+    settings: Settings
+    plan: Plan
+    media: tuple[Medium, ...]
+    tiling: Tiling | None
+    context: str | Tensor
+    negative: str | Tensor | None  # None: no guidance
+
+
+class Pipeline:
+    """Text and given frames to video, on one device.
+
+    Attributes: `dit`, `vae`, `text_encoder`; `defaults`, what None stands for in a call (and the model's fps); `spec`, its model.json;
+    `files`, where it was loaded from (None: built by hand); `loras`, handles by path; `last_run`, what the last call did:
+    `seconds` per stage, `task`, `guidance_mode`, `tokens`, the settings.
+    """
+
+    def __init__(
+        self,
+        dit: WanDiT | sampler.ExpertPair,
+        vae: WanVAE,
+        text_encoder: TextEncoder | None = None,
+        *,
+        defaults: Mapping[str, Any] = WAN_DEFAULTS,
+    ) -> None:
+        """Parts by hand; without a text encoder, calls take `prompt_embeds`. Raises ValueError where dit and vae do not fit."""
+        channels = (dit.config.in_channels, dit.config.out_channels, vae.config.z_dim)
+        if len(set(channels)) > 1:
+            raise ValueError(
+                f"the transformer maps {channels[0]} to {channels[1]} channels, the VAE's latents have {channels[2]}: all three must agree"
+            )
+        self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
+        self.defaults: dict[str, Any] = {**WAN_DEFAULTS, **defaults}
+        self.files: ModelFiles | None = None
+        self.spec: Mapping[str, Any] = {}
+        self.loras: dict[Path, Any] = {}
+        self.last_run: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.dit.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        lora: LoRAs | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        precision: str | None = None,
+        attention: str = "auto",
+    ) -> Pipeline:
+        """Load "nano" or a model directory (layouts: `weights/pretrained.py`).
+
+        `lora`: {path: strength}; None: the model's own, {}: none. `device` None: a GPU where there is one. `dtype` None: bfloat16
+        on a GPU, float32 on the CPU. `precision`: see `load_dit`. The VAE runs in `dtype` on a GPU, in float32 on the CPU.
+        Raises ValueError for a path that is no model and for names that are unknown, before any weights are read.
+        """
+        from pusa_fast.attention import resolve
+        from pusa_fast.weights import apply_lora, load_dit, load_vae
+
+        files = find_model(model)
+        wanted = files.loras if lora is None else {Path(path): strength for path, strength in lora.items()}
+        for path, strength in wanted.items():
+            if not path.exists():
+                raise ValueError(f"LoRA {path} does not exist: give the path of a .safetensors or .pt file")
+            if not math.isfinite(strength):
+                raise ValueError(f"LoRA {path}: strength must be a number, got {strength!r}")
+        resolve(attention)
+        where = _device(device)
+        kind = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+
+        dit = load_dit(files.dit, device=where, dtype=kind, precision=precision)
+        dit.attention_backend = attention
+        vae = load_vae(files.vae, device=where, dtype=kind if where.type == "cuda" else torch.float32)
+        pipe = cls(dit.eval(), vae.eval(), _load_text(files, where, kind), defaults=files.defaults)
+        pipe.files, pipe.spec = files, files.spec
+        pipe.loras = {path: apply_lora(dit, path, strength=strength) for path, strength in wanted.items()}
+        return pipe
+
+    def __call__(
+        self,
+        prompt: str | None = None,
+        *,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt: str | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        conditions: Sequence[Condition] = (),
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+        seed: int = 0,
+        compat: str = "reference",
+        fit: str = "crop",
+        tiling: Tiling | str | None = None,
+        output: str = "frames",
+        callback: sampler.Callback | None = None,
+    ) -> Tensor:
+        """Make one clip: uint8 [T,H,W,3], or with output="latents" float32 [1,C,F,h,w], on the CPU.
+
+        Give `prompt`, or `prompt_embeds` [L,D] or [1,L,D], used as they are. None: the model's default. Negatives are ignored when
+        `guidance_scale` is 1. `fit` (crop, pad, stretch): for media of another size. `tiling`: None (whole) or a Tiling.
+        `callback(done, steps, latents)` runs after each step; what it raises ends the run and reaches the caller.
+        Raises ValueError for anything that cannot work, before the first model runs; FileNotFoundError for missing media;
+        torch.OutOfMemoryError naming the option that helps.
+        """
+        given = {
+            "num_frames": num_frames, "height": height, "width": width, "steps": steps, "guidance_scale": guidance_scale,
+            "shift": shift, "seed": seed, "compat": compat, "fit": fit, "output": output,
+        }  # fmt: skip
+        request = self._check(
+            given, conditions, tiling, (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
+        )
+        chosen = request.settings
+        self.last_run = {"task": request.plan.task, **asdict(chosen), "tiling": request.tiling, "seconds": {}}
+        with self._stage("text"):
+            context = self._context(request.context)
+            negative = None if request.negative is None else self._context(request.negative)
+        with self._stage("encode"):
+            latents, schedule = self._start(request)
+        with self._stage("denoise"):
+            tokens = latents[0, 0].numel() // math.prod(self.dit.config.patch_size)
+            mode = sampler.guidance_mode(chosen.guidance_scale, tokens, context, negative)
+            self.last_run |= {"guidance_mode": mode, "tokens": tokens, "shape": list(latents.shape)}
+            latents = sampler.sample(
+                self.dit, latents, schedule, context, negative, chosen.guidance_scale, mode=mode, callback=callback
+            )
+        if chosen.output == "latents":
+            return latents.cpu()
+        with self._stage("decode"):
+            return conditioning.to_frames(self.vae.decode(latents, request.tiling), chosen.compat)
+
+    def _check(
+        self,
+        given: Mapping[str, Any],
+        conditions: Sequence[Condition],
+        tiling: Tiling | str | None,
+        positive: tuple[str | None, Tensor | None],
+        negative: tuple[str | None, Tensor | None],
+    ) -> _Request:
+        factor, scale, (_, ph, pw) = self.vae.config.temporal_factor, self.vae.config.spatial_factor, self.dit.config.patch_size
+        settings = task.settings(given, self.defaults, (scale * ph, scale * pw), factor)
+        if tiling is not None and not isinstance(tiling, Tiling):
+            raise ValueError(f"tiling={tiling!r} is not available: use None (whole) or Tiling(...)")
+        context = self._check_text("prompt", *positive)
+        if context is None:
+            raise ValueError("nothing says what to make: give prompt (it may be empty) or prompt_embeds")
+        opposite = None
+        if settings.guidance_scale != 1:
+            opposite = self._check_text("negative_prompt", *negative)
+            if opposite is None and self.text_encoder is None:
+                raise ValueError("guidance needs negative_prompt_embeds, as there is no text encoder: give them, or guidance_scale=1")
+            opposite = self.defaults["negative_prompt"] if opposite is None else opposite
+        opened: list[Medium] = []
+
+        def count_frames(media: object) -> int | None:
+            opened.append(open_media(media))
+            return opened[-1].frames
+
+        plan = task.resolve(conditions, settings.num_frames, count_frames, factor)
+        return _Request(settings, plan, tuple(opened), tiling, context, opposite)
+
+    def _check_text(self, name: str, text: str | None, embeds: Tensor | None) -> str | Tensor | None:
+        if embeds is None:
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"{name} must be a string, got {type(text).__name__}: one call makes one clip")
+            if text is not None and self.text_encoder is None:
+                raise ValueError(f"this pipeline has no text encoder for {name}: give {name}_embeds")
+            return text
+        if text is not None:
+            raise ValueError(f"{name} and {name}_embeds were both given: give one")
+        width = self.dit.config.text_dim
+        rows = embeds[None] if embeds.ndim == 2 else embeds
+        if rows.ndim != 3 or rows.shape[0] != 1 or rows.shape[1] < 1 or rows.shape[2] != width:
+            raise ValueError(f"{name}_embeds must be [L, {width}] or [1, L, {width}], got {list(embeds.shape)}")
+        return rows
+
+    def _context(self, text: str | Tensor) -> Tensor:
+        if isinstance(text, str):
+            assert self.text_encoder is not None
+            return self.text_encoder.encode([text])
+        return text
+
+    def _start(self, request: _Request) -> tuple[Tensor, Any]:
+        """Latents before the first step, on the device, and their schedule."""
+        settings, plan, scale = request.settings, request.plan, self.vae.config.spatial_factor
+
+        def video(medium: int) -> Tensor:
+            from pusa_fast.video import fit
+
+            frames = request.media[medium].read(plan.frames_needed[medium])
+            return conditioning.to_video(fit(frames, (settings.width, settings.height), settings.fit), self.device)
+
+        clean = conditioning.encode_conditions(plan, self.vae, video, request.tiling)
+        shape = (1, self.vae.config.z_dim, plan.latent_frames, settings.height // scale, settings.width // scale)
+        noise = conditioning.initial_noise(settings.seed, shape)
+        schedule = lift(sigma_grid(settings.steps, settings.shift), plan.multipliers, settings.compat)
+        return conditioning.initial_latents(noise.to(self.device), schedule, plan.placements, clean), schedule
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Record how long a stage takes; out of memory names the option that helps."""
+        start = time.perf_counter()
+        try:
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(f"out of memory in {name} on {self.device}: {_RELIEF[name]}") from error
+        self.last_run["seconds"][name] = time.perf_counter() - start
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from None
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device} does not exist here ({torch.cuda.device_count()} CUDA devices): use device='cpu'")
+    return where
+
+
+def _load_text(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    if files.text_encoder.is_dir():
+        return TextEncoder.from_directory(files.text_encoder, files.tokenizer, device, dtype, files.text_len)
+    from pusa_fast.weights import load_text_encoder_state
+
+    return TextEncoder.from_state(load_text_encoder_state(files.text_encoder), files.tokenizer, device, dtype, files.text_len)

@@ -1,0 +1,105 @@
+"""The schedule matrix: one noise level per step and latent frame. A task is a choice of this matrix.
+
+Shapes: S steps, F latent frames. Levels are sigma in [0, 1]; the network's timestep is sigma in thousandths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+COMPAT = ("reference", "exact")
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Noise levels of one run, float32 on the CPU.
+
+    `global_sigmas` [S+1]: the schedule of a freely generated frame. `sigmas` [S+1, F]: the level of frame f before step s; the last
+    row is each frame's target, 0 when it is finished. `timesteps` [S, F]: what the network is told at step s.
+    Raises ValueError where the shapes do not agree.
+    """
+
+    global_sigmas: Tensor
+    sigmas: Tensor
+    timesteps: Tensor
+
+    def __post_init__(self) -> None:
+        rows = self.sigmas.shape[0]
+        if self.global_sigmas.shape != (rows,) or self.timesteps.shape != (rows - 1, self.sigmas.shape[-1]):
+            raise ValueError(
+                f"a schedule needs global_sigmas [S+1], sigmas [S+1, F], timesteps [S, F]; got {list(self.global_sigmas.shape)}, "
+                f"{list(self.sigmas.shape)}, {list(self.timesteps.shape)}"
+            )
+
+    @property
+    def steps(self) -> int:
+        return self.timesteps.shape[0]
+
+    @property
+    def latent_frames(self) -> int:
+        return self.timesteps.shape[1]
+
+    def deltas(self) -> Tensor:
+        """Euler step sizes [S, F], negative; 0 keeps a frame as it is."""
+        return self.sigmas[1:] - self.sigmas[:-1]
+
+
+def sigma_grid(steps: int, shift: float) -> Tensor:
+    """Noise levels of a plain flow-matching run: float32 [S+1], from 1 down to 0.
+
+    Every operation is float32 and in the order of the reference's scheduler (`FlowMatchSchedulerPusa.set_timesteps`): the
+    integer timesteps made from it change where the last bit does.
+    Raises ValueError for fewer than one step or a shift that is not a positive number.
+    """
+    steps, shift = check_steps(steps), check_shift(shift)
+    sigmas = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def lift(global_sigmas: Tensor, multipliers: Sequence[float], compat: str = "reference") -> Schedule:
+    """Give frame f the schedule `multipliers[f] * global_sigmas`: 1 generates it, 0 freezes it clean, between re-synthesises it.
+
+    `compat="reference"` truncates the timesteps to integers, as the reference feeds them, and freezes a condition frame
+    (multiplier below 1) from the step on whose timestep truncates to 0. `compat="exact"` keeps the true levels.
+    Raises ValueError for an unknown `compat` or a multiplier outside [0, 1].
+    """
+    check_compat(compat)
+    m_F = torch.tensor([check_multiplier(m) for m in multipliers], dtype=torch.float32)
+    sigmas = global_sigmas[:, None] * m_F
+    if compat == "exact":
+        return Schedule(global_sigmas, sigmas, 1000 * sigmas[:-1])
+    timesteps = torch.trunc((global_sigmas[:-1, None] * 1000) * m_F)
+    frozen = (timesteps == 0) & (m_F < 1)
+    for step in range(timesteps.shape[0]):
+        sigmas[step + 1] = torch.where(frozen[step], sigmas[step], sigmas[step + 1])
+    return Schedule(global_sigmas, sigmas, timesteps)
+
+
+def check_steps(steps: object) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"steps must be a whole number, at least 1; got {steps!r}")
+    return int(steps)
+
+
+def check_shift(shift: object) -> float:
+    if isinstance(shift, bool) or not isinstance(shift, Real) or not 0 < float(shift) < math.inf:
+        raise ValueError(f"shift must be a positive number (Wan: 5); got {shift!r}")
+    return float(shift)
+
+
+def check_compat(compat: str) -> str:
+    if compat not in COMPAT:
+        raise ValueError(f"unknown compat {compat!r}: choose one of {', '.join(COMPAT)}")
+    return compat
+
+
+def check_multiplier(noise: object) -> float:
+    if isinstance(noise, bool) or not isinstance(noise, Real) or not 0 <= float(noise) <= 1:  # nan compares false
+        raise ValueError(f"noise must be a number from 0 (keep the frame) to 1 (generate it anew); got {noise!r}")
+    return float(noise)

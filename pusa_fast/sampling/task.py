@@ -1,0 +1,272 @@
+"""What the caller gives -> which latents are given, from what, at which noise. All six tasks are choices of these.
+
+Latent 0 stands for frame 0 alone, latent i >= 1 for the `k` frames ending at `k * i` (k: the VAE's temporal factor, 4 for Wan).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, TypeGuard
+
+from pusa_fast.sampling.schedule import COMPAT, check_multiplier, check_shift, check_steps
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """Frames that the video has to contain; checked when it is used, by `resolve`.
+
+    `media`: PIL image, path, uint8 array or tensor [H,W,3] (a picture) or [T,H,W,3] (a clip), or a sequence of PIL images (a clip).
+    `latent`: where it goes, as latent frames: int (negative counts from the end), slice or sequence of ints.
+    `noise`: 0 keeps it as it is, up to 1: how freely it is re-synthesised; one number, or one per latent.
+    `source`: which latents of the encoded clip are taken (default: the same indices). A picture is encoded alone and has one.
+    """
+
+    media: object
+    latent: int | slice | Sequence[int] = 0
+    noise: float | Sequence[float] = 0.0
+    source: int | slice | Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One latent frame that is given: latent `latent` is latent `source` of the encoded medium `medium`, noised to `noise`."""
+
+    latent: int
+    medium: int
+    source: int
+    noise: float
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A resolved request. `media`: the distinct media; `frames_needed[i]`: how many leading frames of medium i to encode.
+
+    `placements` are sorted by latent; `multipliers` [F] are 1 where a frame is generated; `task` names the combination.
+    """
+
+    latent_frames: int
+    placements: tuple[Placement, ...]
+    media: tuple[object, ...]
+    frames_needed: tuple[int, ...]
+    multipliers: tuple[float, ...]
+    task: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a run but its prompts and conditions; build it with `settings`, which checks."""
+
+    num_frames: int
+    height: int
+    width: int
+    steps: int
+    guidance_scale: float
+    shift: float
+    seed: int = 0
+    compat: str = "reference"
+    fit: str = "crop"
+    output: str = "frames"
+
+
+CHOICES = {"compat": COMPAT, "fit": ("crop", "pad", "stretch"), "output": ("frames", "latents")}
+MAX_SEED = 2**63 - 1
+
+
+def settings(
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    multiples: tuple[int, int] = (16, 16),
+    temporal_factor: int = 4,
+) -> Settings:
+    """`given` over `defaults` (None: the default), checked; height and width must be multiples of `multiples`, in pixels.
+
+    Raises ValueError naming the value and the nearest that works.
+    """
+    names = [field.name for field in fields(Settings)]
+    values = {**{name: defaults[name] for name in names if name in defaults}, **{k: v for k, v in given.items() if v is not None}}
+    for name, multiple in zip(("height", "width"), multiples, strict=True):
+        size = values[name]
+        if not _is_whole(size) or size < 1 or size % multiple:
+            below = size // multiple * multiple if _is_whole(size) and size > 0 else 0
+            nearest = f"{below} or {below + multiple}" if below else str(multiple)
+            raise ValueError(f"{name}={size!r} is not a multiple of {multiple} pixels: use {nearest}")
+    latent_count(values["num_frames"], temporal_factor)
+    check_steps(values["steps"])
+    check_shift(values["shift"])
+    guidance, seed = values["guidance_scale"], values.get("seed", 0)
+    if isinstance(guidance, bool) or not isinstance(guidance, Real) or not 0 <= float(guidance) < math.inf:
+        raise ValueError(f"guidance_scale must be a number, at least 0 (1: none); got {guidance!r}")
+    if not _is_whole(seed) or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed must be a whole number from 0 to {MAX_SEED}; got {seed!r}")
+    for name, choices in CHOICES.items():
+        if values.get(name, choices[0]) not in choices:
+            raise ValueError(f"unknown {name} {values[name]!r}: choose one of {', '.join(choices)}")
+    return Settings(**values)
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def latent_count(num_frames: object, temporal_factor: int = 4) -> int:
+    """Latent frames of a clip of `num_frames` = k*n + 1 frames; ValueError naming the nearest counts otherwise."""
+    if not _is_whole(num_frames) or num_frames < 1:
+        raise ValueError(f"num_frames must be a whole number, at least 1; got {num_frames!r}")
+    whole, rest = divmod(int(num_frames) - 1, temporal_factor)
+    if rest:
+        below = whole * temporal_factor + 1
+        raise ValueError(
+            f"num_frames={num_frames} is not {temporal_factor}n+1 (the VAE's chunks): use {below} or {below + temporal_factor}"
+        )
+    return whole + 1
+
+
+def resolve(
+    conditions: Sequence[Condition],
+    num_frames: int,
+    count_frames: Callable[[object], int | None],
+    temporal_factor: int = 4,
+) -> Plan:
+    """Check the conditions against a clip of `num_frames` frames and give every condition latent its source and noise.
+
+    `count_frames(medium)`: frames in it, None for a picture; called once per distinct medium (the same object or the same path).
+    Raises ValueError for latents outside the clip or given twice, noise outside [0, 1], counts that do not match, and a source
+    outside the encoded clip (a video that is too short).
+    """
+    latent_frames = latent_count(num_frames, temporal_factor)
+    media: dict[object, int] = {}
+    originals: list[object] = []
+    counts: list[int | None] = []
+    taken: dict[int, str] = {}
+    placements: list[Placement] = []
+    for number, condition in enumerate(conditions):
+        if not isinstance(condition, Condition):
+            raise ValueError(f"conditions[{number}] is a {type(condition).__name__}, not a Condition: use Condition(media, latent=...)")
+        name = f"conditions[{number}] ({describe(condition.media)})"
+        medium = media.setdefault(_identity(condition.media), len(media))
+        if medium == len(originals):
+            originals.append(condition.media)
+            counts.append(count_frames(condition.media))
+        for placement in _place(condition, medium, counts[medium], latent_frames, temporal_factor, name):
+            if placement.latent in taken:
+                raise ValueError(f"{taken[placement.latent]} and {name} both give latent {placement.latent}: keep one of them there")
+            taken[placement.latent] = name
+            placements.append(placement)
+    placements.sort(key=lambda placement: placement.latent)
+    noise = {placement.latent: placement.noise for placement in placements}
+    furthest = [max(p.source for p in placements if p.medium == medium) for medium in range(len(originals))]
+    return Plan(
+        latent_frames=latent_frames,
+        placements=tuple(placements),
+        media=tuple(originals),
+        frames_needed=tuple(temporal_factor * source + 1 for source in furthest),
+        multipliers=tuple(noise.get(latent, 1.0) for latent in range(latent_frames)),
+        task=task_name(placements, counts, latent_frames),
+    )
+
+
+def _place(
+    condition: Condition, medium: int, frames: int | None, latent_frames: int, temporal_factor: int, name: str
+) -> list[Placement]:
+    latents = _indices(condition.latent, latent_frames, f"{name}: latent", f"the clip has latents 0 to {latent_frames - 1}")
+    if len(set(latents)) != len(latents):
+        raise ValueError(f"{name}: latent={condition.latent!r} names a latent twice")
+    noises = _listed(condition.noise)
+    if isinstance(noises, list) and len(noises) != len(latents):
+        raise ValueError(f"{name}: {len(noises)} noise values for {len(latents)} latents: give one number, or one per latent")
+    if frames is None:
+        if condition.source not in (None, 0):
+            raise ValueError(f"{name}: source={condition.source!r}, but a picture encodes to one latent: leave source out")
+        sources = [0] * len(latents)
+    else:
+        sources = _sources(condition, latents, frames, temporal_factor, name)
+    try:
+        levels = [check_multiplier(noise) for noise in (noises if isinstance(noises, list) else [noises] * len(latents))]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return [Placement(latent, medium, source, noise) for latent, source, noise in zip(latents, sources, levels, strict=True)]
+
+
+def _sources(condition: Condition, latents: list[int], frames: int, temporal_factor: int, name: str) -> list[int]:
+    if frames < 1:
+        raise ValueError(f"{name}: the clip has no frames")
+    encoded = (frames - 1) // temporal_factor + 1
+    if condition.source is None:
+        if max(latents) >= encoded:
+            need = max(latents) * temporal_factor + 1
+            raise ValueError(
+                f"{name}: latent {max(latents)} needs {need} frames of the clip, which has {frames}: give a longer clip, or `source`"
+            )
+        return latents
+    hint = f"the clip's {frames} frames encode to latents 0 to {encoded - 1}"
+    sources = _indices(condition.source, encoded, f"{name}: source", hint)
+    if len(sources) != len(latents):
+        raise ValueError(f"{name}: source={condition.source!r} names {len(sources)} latents, latent={condition.latent!r} {len(latents)}")
+    return sources
+
+
+def _indices(given: int | slice | Sequence[int], count: int, name: str, hint: str) -> list[int]:
+    """Non-negative indices below `count`; a slice bound outside is an error too, where Python would shorten the slice."""
+    if isinstance(given, slice):
+        edges = [edge for edge in (given.start, given.stop) if edge is not None]
+        found = list(range(*given.indices(count)))
+        if any(not -count <= edge <= count for edge in edges) or not found:
+            raise ValueError(f"{name}={given.start}:{given.stop} selects {'nothing' if not found else 'more than there is'}; {hint}")
+        return found
+    listed = _listed(given)
+    wanted = listed if isinstance(listed, list) else [listed]
+    if not wanted:
+        raise ValueError(f"{name} is empty; {hint}")
+    for index in wanted:
+        if not _is_whole(index):
+            raise ValueError(f"{name} must be a whole number, a slice or a sequence of them; got {index!r}")
+        if not -count <= index < count:
+            raise ValueError(f"{name} {index} does not exist; {hint}")
+    return [int(index) % count for index in wanted]
+
+
+def _listed(value: Any) -> Any:
+    """A list where a sequence, array or tensor was given; anything else unchanged."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _identity(media: object) -> object:
+    """Equal for the same medium: paths by their text, anything else by object."""
+    return os.fspath(media) if isinstance(media, (str, os.PathLike)) else id(media)
+
+
+def describe(media: object) -> str:
+    """A few words for messages: the path, or the type and its size."""
+    if isinstance(media, (str, os.PathLike)):
+        return os.fspath(media)
+    shape = getattr(media, "shape", None) or getattr(media, "size", None)
+    return type(media).__name__ if shape is None or callable(shape) else f"{type(media).__name__} {list(shape)}"
+
+
+def _is_prefix(latents: Sequence[int]) -> bool:
+    return list(latents) == list(range(len(latents)))
+
+
+def _is_suffix(latents: Sequence[int], latent_frames: int) -> bool:
+    return list(latents) == list(range(latent_frames - len(latents), latent_frames))
+
+
+def task_name(placements: Sequence[Placement], counts: Sequence[int | None], latent_frames: int) -> str:
+    """The label of a combination of conditions: a word for people, nothing depends on it. `counts[medium]`: None for a picture."""
+    latents = sorted(placement.latent for placement in placements)
+    groups = {p.medium: sorted(q.latent for q in placements if q.medium == p.medium) for p in placements}
+    if not placements:
+        return "text-to-video"
+    if all(counts[medium] is None for medium in groups):
+        return {(0,): "image-to-video", (0, latent_frames - 1): "start-end"}.get(tuple(latents), "keyframes")
+    first, *others = sorted(groups.values())
+    if not others:
+        return "extension" if _is_prefix(first) else "completion"
+    is_transition = len(others) == 1 and _is_prefix(first) and _is_suffix(others[0], latent_frames)
+    return "transition" if is_transition and None not in counts else "completion"

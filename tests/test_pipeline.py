@@ -1,0 +1,415 @@
+"""The one-call API, on a tiny random model in each of the layouts that can be loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from pusa_fast import Condition, DiTConfig, Pipeline, Tiling, VAEConfig, WanDiT, WanVAE
+from pusa_fast.media import open_media
+from pusa_fast.sampling.sampler import ExpertPair
+from pusa_fast.weights import checkpoint, keymap
+from pusa_fast.weights.pretrained import WAN_DEFAULTS, find_model
+
+WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "square", "moves", "left", "right"]
+DIT = DiTConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=16)
+VAE = VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+DEFAULTS = {
+    "num_frames": 5, "height": 32, "width": 48, "fps": 8, "steps": 2, "guidance_scale": 3.0, "shift": 3.0, "negative_prompt": "blue",
+}  # fmt: skip
+LORA_KEY = "blocks.0.self_attn.q"
+
+
+@pytest.fixture(scope="module")
+def nano_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in nano's layout, LoRA included."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    dit, vae = WanDiT(DIT), WanVAE(VAE)
+    torch.nn.init.normal_(dit.head.head.weight, std=0.1)
+    checkpoint.save(folder / "dit.safetensors", keymap.unpack(dit.state_dict()), DIT)
+    checkpoint.save(folder / "vae.safetensors", vae.state_dict(), VAE)
+    lora = {f"{LORA_KEY}.lora_A.default.weight": torch.randn(2, 48), f"{LORA_KEY}.lora_B.default.weight": torch.randn(48, 2)}
+    checkpoint.save(folder / "pusa_lora.safetensors", lora)
+    config = UMT5Config(vocab_size=len(WORDS), d_model=16, d_kv=4, num_heads=2, d_ff=24, num_layers=1)
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder / "tokenizer")
+    spec = {
+        "name": "tiny", "dit": "dit.safetensors", "vae": "vae.safetensors",
+        "text": {"encoder": "text_encoder", "tokenizer": "tokenizer", "text_len": 8},
+        "lora": {"pusa_lora.safetensors": 1.0}, "defaults": DEFAULTS, "training": {"seed": 0},
+    }  # fmt: skip
+    (folder / "model.json").write_text(json.dumps(spec))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(nano_like: Path) -> Pipeline:
+    return Pipeline.from_pretrained(nano_like, device="cpu")
+
+
+def picture(value: int = 200, size: tuple[int, int] = (48, 32)) -> Image.Image:
+    return Image.new("RGB", size, (value, 20, 40))
+
+
+def changed(folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    spec = json.loads((copy / "model.json").read_text())
+    change(spec)
+    (copy / "model.json").write_text(json.dumps(spec))
+    return copy
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+def test_text_to_video_with_the_models_own_defaults(pipe: Pipeline) -> None:
+    frames = pipe("a red circle")
+    assert frames.shape == (5, 32, 48, 3) and frames.dtype == torch.uint8 and frames.device.type == "cpu"
+    run = pipe.last_run
+    assert set(run["seconds"]) == {"text", "encode", "denoise", "decode"} and min(run["seconds"].values()) >= 0
+    assert (run["task"], run["guidance_mode"], run["tokens"], run["shape"]) == ("text-to-video", "batch", 12, [1, 4, 2, 4, 6])
+    assert (run["steps"], run["shift"], run["guidance_scale"], run["seed"], run["compat"]) == (2, 3.0, 3.0, 0, "reference")
+    assert run["tiling"] is None
+
+
+def test_equal_settings_give_equal_frames(pipe: Pipeline) -> None:
+    first = pipe("a red circle", seed=1)
+    assert torch.equal(first, pipe("  a  red circle", seed=1))
+    assert not torch.equal(first, pipe("a red circle", seed=2))
+    assert not torch.equal(first, pipe("a blue square", seed=1))
+
+
+def test_latents(pipe: Pipeline) -> None:
+    latents = pipe("a red circle", output="latents")
+    assert latents.shape == (1, 4, 2, 4, 6) and latents.dtype == torch.float32 and "decode" not in pipe.last_run["seconds"]
+    again = pipe("a red circle", output="latents", guidance_scale=1)
+    assert pipe.last_run["guidance_mode"] == "off" and not torch.equal(latents, again)
+
+
+def test_exact_compat_rounds(pipe: Pipeline) -> None:
+    latents = pipe("a red circle", compat="exact", output="latents")
+    frames = pipe("a red circle", compat="exact")
+    video = pipe.vae.decode(latents)[0].permute(1, 2, 3, 0)
+    assert torch.equal(frames, ((video + 1) * 127.5).round().to(torch.uint8))
+
+
+def test_embeds_are_used_as_given(pipe: Pipeline) -> None:
+    assert pipe.text_encoder is not None
+    rows = pipe.text_encoder.encode(["a red circle", "blue"])
+    by_text = pipe("a red circle", output="latents")
+    assert torch.equal(pipe(prompt_embeds=rows[:1], negative_prompt_embeds=rows[1], output="latents"), by_text)
+    assert torch.equal(pipe(prompt_embeds=rows[0], negative_prompt="blue", output="latents"), by_text)
+    assert torch.equal(pipe(prompt_embeds=rows[0], output="latents"), by_text), "the default negative prompt is blue"
+    short = pipe(prompt_embeds=rows[0, :3], output="latents")
+    assert pipe.last_run["guidance_mode"] == "two-pass" and not torch.equal(short, by_text)
+
+
+def test_negatives_are_ignored_without_guidance(pipe: Pipeline) -> None:
+    plain = pipe("a red circle", guidance_scale=1.0)
+    nonsense = {"negative_prompt": "left", "negative_prompt_embeds": torch.zeros(2, 3)}
+    assert torch.equal(plain, pipe("a red circle", guidance_scale=1.0, **nonsense))
+
+
+def test_empty_prompt(pipe: Pipeline) -> None:
+    assert pipe("").shape == (5, 32, 48, 3)
+
+
+def test_a_clean_first_frame_is_kept(pipe: Pipeline) -> None:
+    latents = pipe("a red circle", conditions=[Condition(picture())], output="latents")
+    pixels = torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None, :, None].float() * (2 / 255) - 1
+    assert torch.equal(latents[:, :, :1], pipe.vae.encode(pixels))
+    assert pipe.last_run["task"] == "image-to-video"
+
+
+def every_form(tmp_path: Path) -> dict[str, object]:
+    array = np.array(picture())
+    array.setflags(write=False)
+    path = tmp_path / "first.png"
+    picture().save(path)
+    return {
+        "PIL": picture(), "str": str(path), "path": path, "array": array, "tensor": torch.from_numpy(array.copy()),
+        "backwards": np.ascontiguousarray(array[::-1])[::-1], "clip": array[None], "list": [picture()], "tuple": (picture(), picture(3)),
+        "transparent": Image.merge("RGBA", [*picture().split(), Image.new("L", (48, 32), 255)]),
+    }  # fmt: skip
+
+
+def test_every_form_of_media_gives_the_same(pipe: Pipeline, tmp_path: Path) -> None:
+    given = {name: pipe("a", conditions=[Condition(m)], output="latents") for name, m in every_form(tmp_path).items()}
+    assert [name for name, latents in given.items() if not torch.equal(latents, given["PIL"])] == []
+
+
+def test_a_clip_on_disk_is_read_as_it_is(pipe: Pipeline, tmp_path: Path) -> None:
+    from pusa_fast import video
+
+    clip = torch.randint(0, 255, (9, 32, 48, 3), dtype=torch.uint8)
+    (tmp_path / "clip").mkdir()
+    video.write_video(tmp_path / "clip", clip, 8)
+    conditions = [Condition(tmp_path / "clip", slice(0, 2))]
+    from_folder = pipe("a", conditions=conditions, num_frames=9, output="latents")
+    assert pipe.last_run["task"] == "extension"
+    assert torch.equal(from_folder, pipe("a", conditions=[Condition(clip, [0, 1])], num_frames=9, output="latents"))
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_media_of_another_size_are_fitted(pipe: Pipeline, fit: str) -> None:
+    from pusa_fast import video
+
+    large = torch.randint(0, 255, (100, 90, 3), dtype=torch.uint8)
+    fitted = video.fit(large, (48, 32), fit)
+    got, wanted = (pipe("a", conditions=[Condition(m)], fit=fit, output="latents") for m in (large, fitted))
+    assert torch.equal(got, wanted)
+
+
+def test_tiling_reaches_both_ends_of_the_vae(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    for name in ("encode", "decode"):
+        method = getattr(pipe.vae, name)
+        monkeypatch.setattr(pipe.vae, name, lambda x, tiling=None, m=method: seen.append(tiling) or m(x, tiling))
+    tiling = Tiling(tile=(4, 4), stride=(2, 2))
+    pipe("a", conditions=[Condition(picture())], tiling=tiling)
+    assert seen == [tiling, tiling] and pipe.last_run["tiling"] == tiling
+
+
+def test_callback_can_stop_the_run(pipe: Pipeline) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def stop(step: int, steps: int, latents: Tensor) -> None:
+        seen.append((step, steps))
+        raise InterruptedError("enough")
+
+    with pytest.raises(InterruptedError, match="enough"):
+        pipe("a", steps=4, callback=stop)
+    assert seen == [(1, 4)]
+
+
+def test_out_of_memory_names_the_option_that_helps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: object) -> Tensor:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to ...")
+
+    monkeypatch.setattr(pipe.vae, "decode", decode)
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory in decode on cpu: use tiling=Tiling\(\)"):
+        pipe("a")
+    monkeypatch.setattr(pipe.vae, "decode", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        pipe("a")
+
+
+def test_a_pipeline_of_two_experts(pipe: Pipeline) -> None:
+    assert isinstance(pipe.dit, WanDiT)
+    pair = Pipeline(dit=ExpertPair(pipe.dit, pipe.dit), vae=pipe.vae, text_encoder=pipe.text_encoder, defaults=DEFAULTS)
+    assert torch.equal(pair("a red circle", output="latents"), pipe("a red circle", output="latents"))
+
+
+# ---- what is refused, before any model runs --------------------------------------------------------------------------
+
+LONG = np.zeros((9, 32, 48, 3), np.uint8)
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": None}, "nothing says what to make: give prompt"),
+    ({"prompt": ["a", "b"]}, "prompt must be a string, got list"),
+    ({"prompt_embeds": torch.zeros(3, 16)}, "prompt and prompt_embeds were both given"),
+    ({"prompt": None, "prompt_embeds": torch.zeros(3, 15)}, r"prompt_embeds must be \[L, 16\] or \[1, L, 16\], got \[3, 15\]"),
+    ({"prompt": None, "prompt_embeds": torch.zeros(2, 3, 16)}, r"prompt_embeds must be .* got \[2, 3, 16\]"),
+    ({"prompt": None, "prompt_embeds": torch.zeros(0, 16)}, r"prompt_embeds must be"),
+    ({"negative_prompt": "b", "negative_prompt_embeds": torch.zeros(3, 16)}, "negative_prompt and negative_prompt_embeds were both"),
+    ({"negative_prompt_embeds": torch.zeros(16)}, r"negative_prompt_embeds must be"),
+    ({"height": 40}, "height=40 is not a multiple of 16 pixels: use 32 or 48"),
+    ({"num_frames": 6}, r"num_frames=6 is not 4n\+1"),
+    ({"steps": 0}, "steps must be"),
+    ({"seed": -1}, "seed must be"),
+    ({"compat": "none"}, "unknown compat"),
+    ({"fit": "zoom"}, "unknown fit"),
+    ({"output": "gif"}, "unknown output"),
+    ({"tiling": "auto"}, "tiling='auto' is not available: use None"),
+    ({"conditions": [Condition(picture(), 2)]}, "latent 2 does not exist; the clip has latents 0 to 1"),
+    ({"conditions": [Condition(picture()), Condition(picture(9))]}, "both give latent 0"),
+    ({"conditions": [Condition(picture(), noise=2)]}, "noise must be a number"),
+    ({"conditions": [Condition(LONG[:4], 1)]}, "latent 1 needs 5 frames of the clip, which has 4"),
+    ({"conditions": [Condition(LONG.astype(np.float32))]}, "frames must be uint8 from 0 to 255, got float32"),
+    ({"conditions": [Condition(torch.zeros(32, 48, 3))]}, "frames must be uint8 from 0 to 255, got float32"),
+    ({"conditions": [Condition(np.zeros((3, 32, 48), np.uint8))]}, r"frames must be \[H,W,3\] or \[T,H,W,3\], got \[3, 32, 48\]"),
+    ({"conditions": [Condition(np.zeros((0, 32, 48, 3), np.uint8))]}, "frames must be"),
+    ({"conditions": [Condition([])]}, "the list of pictures is empty"),
+    ({"conditions": [Condition(["a.png"])]}, "entry 0 is a str: use one Condition each"),
+    ({"conditions": [Condition([picture(), picture(size=(9, 9))])]}, "the pictures of one clip differ in size"),
+    ({"conditions": [Condition(3.5)]}, "a float is no medium: give a path, a PIL image"),
+    ({"conditions": ["first.png"]}, "not a Condition"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED)
+def test_refused(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], message: str) -> None:
+    def runs(*_: object, **__: object) -> None:
+        raise AssertionError("a model ran")
+
+    assert pipe.text_encoder is not None
+    for part, names in ((pipe.text_encoder, ["encode"]), (pipe.vae, ["encode", "decode"]), (pipe.dit, ["prepare", "denoise"])):
+        for name in names:
+            monkeypatch.setattr(part, name, runs)
+    with pytest.raises(ValueError, match=message) as caught:
+        pipe(**{"prompt": "a", **given})
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_unreadable_files(pipe: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        pipe("a", conditions=[Condition(tmp_path / "nowhere.png")])
+    for name in ("broken.png", "broken.mp4"):
+        (tmp_path / name).write_bytes(b"no such thing")
+        with pytest.raises(ValueError, match=name):
+            pipe("a", conditions=[Condition(tmp_path / name)])
+
+
+def test_parts_must_fit(pipe: Pipeline) -> None:
+    other = WanVAE(VAEConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1))
+    with pytest.raises(ValueError, match="maps 4 to 4 channels, the VAE's latents have 16: all three must agree"):
+        Pipeline(dit=pipe.dit, vae=other)
+
+
+def test_without_text_encoder(pipe: Pipeline) -> None:
+    bare = Pipeline(dit=pipe.dit, vae=pipe.vae)
+    assert bare.defaults == dict(WAN_DEFAULTS) and bare.spec == {} and bare.files is None
+    given = {"num_frames": 5, "height": 32, "width": 48, "steps": 2}
+    with pytest.raises(ValueError, match="no text encoder for prompt: give prompt_embeds"):
+        bare("a", **given)
+    with pytest.raises(ValueError, match=r"guidance needs negative_prompt_embeds, .* or guidance_scale=1"):
+        bare(prompt_embeds=torch.zeros(3, 16), **given)
+    assert bare(prompt_embeds=torch.zeros(3, 16), guidance_scale=1, **given).shape == (5, 32, 48, 3)
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_nano_layout(pipe: Pipeline, nano_like: Path) -> None:
+    assert pipe.defaults == DEFAULTS and pipe.spec["training"] == {"seed": 0}
+    assert pipe.files is not None and pipe.files.name == "tiny"
+    assert [(path.name, handle.strength) for path, handle in pipe.loras.items()] == [("pusa_lora.safetensors", 1.0)]
+    assert pipe.dit.dtype == pipe.vae.dtype == torch.float32 and pipe.device.type == "cpu"
+    assert not pipe.dit.training and not pipe.vae.training
+
+
+def test_lora_choices(pipe: Pipeline, nano_like: Path) -> None:
+    bare = Pipeline.from_pretrained(nano_like, lora={}, device="cpu")
+    twice = Pipeline.from_pretrained(nano_like, lora={str(nano_like / "pusa_lora.safetensors"): 2.0}, device="cpu")
+    assert bare.loras == {} and next(iter(twice.loras.values())).strength == 2.0
+    base, one, two = (p("a red circle", output="latents") for p in (bare, pipe, twice))
+    assert not torch.equal(base, one) and not torch.equal(one, two)
+    next(iter(twice.loras.values())).set_strength(1.0)
+    assert torch.equal(twice("a red circle", output="latents"), one)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lora": {"nowhere.safetensors": 1.0}}, "LoRA nowhere.safetensors does not exist"),
+        ({"lora": {"model.json": float("nan")}}, "strength must be a number, got nan"),
+        ({"attention": "fa9"}, "attention backend 'fa9' does not exist"),
+        ({"device": "gpu"}, "unknown device 'gpu': use cpu, cuda or cuda:N"),
+        ({"device": "cuda:99"}, r"device cuda:99 does not exist here \(\d CUDA devices\)"),
+    ],
+)
+def test_loading_refused_before_weights_are_read(
+    nano_like: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(nano_like)
+    monkeypatch.setattr("pusa_fast.weights.load_dit", None, raising=False)
+    with pytest.raises(ValueError, match=message):
+        Pipeline.from_pretrained(nano_like, **given)
+
+
+def test_dtype(nano_like: Path) -> None:
+    pipe = Pipeline.from_pretrained(nano_like, device="cpu", dtype=torch.bfloat16)
+    assert pipe.dit.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float32
+    assert pipe("a red circle", output="latents").dtype == torch.float32
+
+
+@pytest.mark.parametrize("encoder", ["directory", "original file"])
+def test_diffusers_and_official_layouts(pipe: Pipeline, nano_like: Path, tmp_path: Path, encoder: str) -> None:
+    """The same weights, laid out as the others do, give the same latents."""
+    folder = tmp_path / "wan"
+    weights = {name: nano_like / f"{name}.safetensors" for name in ("dit", "vae")}
+    if encoder == "directory":
+        places = {"dit": "transformer/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors"}
+        shutil.copytree(nano_like / "text_encoder", folder / "text_encoder")
+        shutil.copytree(nano_like / "tokenizer", folder / "tokenizer")
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    else:
+        places = {"dit": "diffusion_pytorch_model.safetensors", "vae": "Wan2.1_VAE.safetensors"}
+        shutil.copytree(nano_like / "tokenizer", folder / "google" / "umt5-xxl")
+        shutil.copy(nano_like / "text_encoder" / "model.safetensors", folder / "models_t5_umt5-xxl-enc-bf16.safetensors")
+    for part, place in places.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(weights[part], folder / place)
+    other = Pipeline.from_pretrained(folder, lora={nano_like / "pusa_lora.safetensors": 1.0}, device="cpu")
+    assert other.defaults == dict(WAN_DEFAULTS) and other.text_encoder is not None and other.text_encoder.text_len == 512
+    other.text_encoder.text_len = 8
+    given = {key: value for key, value in DEFAULTS.items() if key != "fps"}
+    assert torch.equal(other("a red circle", output="latents", **given), pipe("a red circle", output="latents"))
+
+
+def test_not_a_model(tmp_path: Path) -> None:
+    looked = r"looked in it for model\.json, model_index\.json, Wan2\.1_VAE\.pth, Wan2\.1_VAE\.safetensors; or give \"nano\""
+    with pytest.raises(ValueError, match=rf"\(a directory\) is no model: {looked}"):
+        find_model(tmp_path)
+    with pytest.raises(ValueError, match=rf"nowhere \(missing\) is no model: {looked}"):
+        find_model(tmp_path / "nowhere")
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(ValueError, match=r"weights\.bin \(a file\) is no model"):
+        find_model(tmp_path / "weights.bin")
+    (tmp_path / "high_noise_model").mkdir()
+    with pytest.raises(ValueError, match=r"each expert of Wan2\.2 is a transformer"):
+        find_model(tmp_path)
+
+
+def test_incomplete_models(nano_like: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(nano_like, tmp_path / "copy")
+    (copy / "vae.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"copy is incomplete: vae\.safetensors is missing"):
+        find_model(copy)
+    (tmp_path / "Wan2.1_VAE.pth").touch()
+    with pytest.raises(ValueError, match=r"incomplete: models_t5_umt5-xxl-enc-bf16\.pth is missing"):
+        find_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda spec: spec.pop("dit"), "model.json lacks or misshapes an entry .'dit'.: restore the file"),
+        (lambda spec: spec.update(text="t5"), "model.json lacks or misshapes an entry"),
+        (lambda spec: spec["defaults"].update(cfg=3), "unknown defaults cfg: use num_frames"),
+    ],
+)
+def test_broken_model_json(nano_like: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_model(changed(nano_like, tmp_path, change))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"_class_name": "FluxPipeline"}', '{"_class_name": "WanPipeline", "transformer_2": ["a", "b"]}'])
+def test_other_model_index_files(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"not valid JSON|must hold a JSON object|not of a Wan pipeline|holds two experts"):
+        find_model(tmp_path)
+
+
+def test_gif_of_one_frame_is_a_picture(tmp_path: Path) -> None:
+    picture().save(tmp_path / "one.gif")
+    picture().save(tmp_path / "two.gif", save_all=True, append_images=[picture(30)], duration=100)
+    one, two = open_media(tmp_path / "one.gif"), open_media(tmp_path / "two.gif")
+    assert one.frames is None and one.read(1).shape == (1, 32, 48, 3)
+    assert two.frames == 2 and two.read(1).shape == (1, 32, 48, 3)
