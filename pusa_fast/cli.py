@@ -1,0 +1,264 @@
+"""The command line: parses, calls `pusa_fast.commands`, and turns every error into one line and an exit code.
+
+Exit codes: 0 done; 2 bad input, one line on stderr; 130 interrupted; 1 a defect of this program. PUSA_FAST_DEBUG=1 shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+# What a system error's code lets us advise.
+_MENDS = {
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "give a file, not a folder",
+    errno.EACCES: "check its permissions",
+    errno.ENOSPC: "free some space, or choose another --out",
+    errno.EDQUOT: "free some space, or choose another --out",
+}
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class _Group(TyperGroup):
+    """Answers what a user can mend with one line instead of a traceback."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        words = list(sys.argv[1:] if args is None else args) or ["--help"]
+        try:
+            code = super().main(words, prog_name or "pusa-fast", complete_var, False, windows_expand_args, **extra)
+        except typer.TyperException as error:  # usage: an unknown option, a missing value
+            context = getattr(error, "ctx", None)
+            path = context.command_path if context is not None else "pusa-fast"
+            code = _answer(error, f"{error.format_message().replace('Value error, ', '')} (see {path} --help)")
+        except (ValueError, OSError, ImportError, OverflowError) as error:
+            code = _answer(error, _message(error))
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            code = _answer(error, _relief(error))
+        if code == 130:
+            typer.echo("interrupted", err=True)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _answer(error: Exception, message: str) -> int:
+    if os.environ.get("PUSA_FAST_DEBUG") == "1":
+        raise error
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        mend = _MENDS.get(error.errno)
+        return f"{where}{error.strerror.lower()}" + (f": {mend}" if mend else "")
+    return str(error) or type(error).__name__
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+def _relief(error: Exception) -> str:
+    """The pipeline says in which stage memory ran out ("out of memory in decode on cpu: ..."), in terms of its own arguments."""
+    said = str(error).split(":")[0]
+    where = said if said.startswith("out of memory in") else "out of memory"
+    return f"{where}: give --tiling feather, a smaller --size, fewer --frames, or --dtype bfloat16"
+
+
+app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, help="Runs Pusa: video from text, pictures and clips.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from pusa_fast import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"-?\d{1,18}", text.strip()):
+        raise typer.BadParameter(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number") from None
+
+
+_GIVEN = "Given frames"
+_MODEL = "Model"
+_OUTPUT = "Output"
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What the clip shows.")] = None,
+    image: Annotated[str | None, typer.Option(metavar="PATH", help="First frame.", rich_help_panel=_GIVEN)] = None,
+    image_noise: Annotated[
+        float | None,
+        typer.Option(
+            parser=_number,
+            metavar="0..1",
+            help="How freely it is redrawn. 0, the default, keeps it; Wan models move more at 0.2.",
+            rich_help_panel=_GIVEN,
+        ),
+    ] = None,
+    end_image: Annotated[str | None, typer.Option(metavar="PATH", help="Picture to end on.", rich_help_panel=_GIVEN)] = None,
+    end_noise: Annotated[
+        float | None, typer.Option(parser=_number, metavar="0..1", help="As --image-noise (default 0).", rich_help_panel=_GIVEN)
+    ] = None,
+    keyframe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH@LATENT:NOISE",
+            help="Picture at a latent: 0 is the first frame, i the frames 4i-3 to 4i, -1 the last four. Repeatable.",
+            rich_help_panel=_GIVEN,
+        ),
+    ] = None,
+    video: Annotated[str | None, typer.Option(metavar="PATH", help="Clip of which --keep stays.", rich_help_panel=_GIVEN)] = None,
+    keep: Annotated[str | None, typer.Option(metavar="0-3,...", help="Latents of --video to keep.", rich_help_panel=_GIVEN)] = None,
+    keep_noise: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Noise of the kept latents: one for all, or one each (default 0; with --extend 0,0.3,0.4,0.5, the last repeated).",
+            rich_help_panel=_GIVEN,
+        ),
+    ] = None,
+    extend: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Clip to go on from; it is written too.", rich_help_panel=_GIVEN)
+    ] = None,
+    overlap: Annotated[
+        int | None,
+        typer.Option(parser=_whole, help="Last frames of --extend to go on from, 4k+1 (default 13, or what fits).", rich_help_panel=_GIVEN),
+    ] = None,
+    transition: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="FIRST SECOND", help="Two clips to join; they are written too.", rich_help_panel=_GIVEN),
+    ] = None,
+    ends: Annotated[
+        int | None,
+        typer.Option(
+            parser=_whole, help="Latents taken from either clip of --transition (default 3, or what fits).", rich_help_panel=_GIVEN
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME|DIR", help="nano, or a model's folder (default nano).", rich_help_panel=_MODEL)
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH:STRENGTH", help="LoRA, or none. Repeatable. (default: the model's own)", rich_help_panel=_MODEL),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(parser=_whole, help="Denoising steps (default: the model's).")] = None,
+    guidance: Annotated[float | None, typer.Option(parser=_number, help="Guidance scale, 1 for none (default: the model's).")] = None,
+    shift: Annotated[float | None, typer.Option(parser=_number, help="Timestep shift (default: the model's).")] = None,
+    seed: Annotated[list[str] | None, typer.Option(metavar="N,N,...", help="Several make clip-SEED.mp4 each (default 0).")] = None,
+    frames: Annotated[int | None, typer.Option(parser=_whole, help="Frames to generate, 4k+1 (default: the model's).")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Multiples of 16 (default: the model's).")] = None,
+    fps: Annotated[
+        float | None, typer.Option(parser=_number, help="Frames per second; given clips are resampled to it (default: the model's).")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt (default: the model's).")] = None,
+    compat: Annotated[
+        Literal["reference", "exact"] | None,
+        typer.Option(help="Timesteps and frames as the reference rounds them, or exact (default reference)."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 (default: a GPU where there is one).", rich_help_panel=_MODEL)
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the transformer (default bfloat16 on a GPU, else float32).", rich_help_panel=_MODEL),
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention backend, see doctor (default auto).", rich_help_panel=_MODEL)] = None,
+    fit: Annotated[
+        Literal["crop", "pad", "stretch"] | None,
+        typer.Option(help="How media of another size are fitted (default crop).", rich_help_panel=_GIVEN),
+    ] = None,
+    tiling: Annotated[
+        Literal["whole", "feather"] | None,
+        typer.Option(help="VAE: whole frames, or tiles for less memory (default whole).", rich_help_panel=_MODEL),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="clip.mp4, clip.gif, or clip/ for a folder of PNGs (default clip.mp4).", rich_help_panel=_OUTPUT),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="CLIP.JSON",
+            help="Make that clip again. Other options win over it; one that gives frames replaces all of its given frames.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+) -> None:
+    """Make a clip. Beside clip.mp4 lie clip.png, a contact sheet, and clip.json, every setting."""
+    from pusa_fast.commands.generate import run
+    from pusa_fast.commands.job import Options
+    from pusa_fast.commands.plan import Inputs
+
+    inputs = Inputs(
+        image, image_noise, end_image, end_noise, tuple(keyframe or ()), video, keep, keep_noise, extend, overlap, transition, ends
+    )
+    options = Options(
+        prompt, model, lora, steps, guidance, shift, seed, frames, size, fps, negative, compat, device, dtype, attention, fit, tiling,
+        out, overwrite, from_,
+    )  # fmt: skip
+    run(options, inputs)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="As one JSON document.")] = False) -> None:
+    """Print the environment, which backends can be used here, and why the others cannot."""
+    from pusa_fast.commands.doctor import run
+
+    run(as_json)
+
+
+def _report_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(f"internal error: {kind.__name__}: {' '.join(str(error).split())}; PUSA_FAST_DEBUG=1 shows where", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of the `pusa-fast` program."""
+    if os.environ.get("PUSA_FAST_DEBUG") != "1":
+        sys.excepthook = _report_defect
+    # A warning is one line too, without the source line it came from.
+    warnings.formatwarning = lambda message, *_args, **_named: f"warning: {message}\n"
+    typer.main.get_command(app).main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the command line does, without its parsing: one module per command."""

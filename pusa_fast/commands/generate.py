@@ -1,0 +1,145 @@
+"""`pusa-fast generate`: load the model, make the clips, write them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from pusa_fast import video
+from pusa_fast.commands import record
+from pusa_fast.commands.job import DTYPES, TILINGS, Job, Options, Target, prepare
+from pusa_fast.commands.plan import Inputs
+from pusa_fast.sampling.task import Condition
+
+if TYPE_CHECKING:
+    from pusa_fast.pipeline import Pipeline
+
+SHEET_FRAMES = 64  # kept of a written file for its contact sheet
+
+
+def run(options: Options, inputs: Inputs) -> None:
+    """Make the clips. Raises ValueError, OSError or torch.OutOfMemoryError; what was finished by then stays."""
+    job = prepare(options, inputs)
+    typer.echo(_summary(job))
+    conditions = job.media.read(job.resolved, job.fps)
+    start = time.perf_counter()
+    pipe = _load(job)
+    hashes = record.Hashes([*record.model_files(job.files), *map(Path, job.lora or ())])
+    seconds = {"load": time.perf_counter() - start}
+    for target in job.targets:
+        _make(job, pipe, target, conditions, hashes, seconds)
+        seconds = {}
+
+
+def _summary(job: Job) -> str:
+    chosen, seeds = job.settings, ", ".join(str(target.seed) for target in job.targets)
+    return (
+        f"{job.resolved.task}: {chosen.num_frames} frames of {chosen.width}x{chosen.height} at {job.fps:g} per second, "
+        f"{job.files.name}, {chosen.steps} steps, guidance {chosen.guidance_scale:g}, seed {seeds}"
+    )
+
+
+def _load(job: Job) -> Pipeline:
+    from pusa_fast.pipeline import Pipeline  # here, not above: bad input is answered without it
+
+    dtype = None if job.dtype is None else DTYPES[job.dtype]
+    lora: dict[str | os.PathLike[str], float] | None = None if job.lora is None else dict(job.lora.items())
+    return Pipeline.from_pretrained(job.model, lora=lora, device=job.device, dtype=dtype, attention=job.attention)
+
+
+def _make(
+    job: Job, pipe: Pipeline, target: Target, conditions: list[Condition], hashes: record.Hashes, seconds: dict[str, float]
+) -> None:
+    chosen = job.settings
+    with _progress(chosen.steps, f"seed {target.seed}") as callback:
+        frames = pipe(
+            job.prompt, negative_prompt=job.negative_prompt, conditions=conditions, num_frames=chosen.num_frames,
+            height=chosen.height, width=chosen.width, steps=chosen.steps, guidance_scale=chosen.guidance_scale, shift=chosen.shift,
+            seed=target.seed, compat=chosen.compat, fit=chosen.fit, tiling=TILINGS[job.tiling], callback=callback,
+        )  # fmt: skip
+    seconds = {**seconds, **pipe.last_run["seconds"]}
+    start = time.perf_counter()
+    thinned = Thinned(job.media.assemble(frames, job.fps, chosen.fit))
+    video.write_video(target.clip, thinned, job.fps)
+    with video.staged(target.sheet) as temporary:
+        video.contact_sheet(thinned.kept()).save(temporary, format="PNG")
+    seconds["write"] = time.perf_counter() - start
+    made = _record(job, pipe, target, hashes.result(), seconds)
+    record.write(target.record, made)
+    typer.echo(f"wrote {', '.join(map(os.path.relpath, (target.clip, target.sheet, target.record)))}")
+    if changed := [name for name, value in made["hashes"]["model"].items() if job.expected.get(name, value) != value]:
+        typer.echo(f"warning: {changed[0]} is not the file that the record names: the clip may differ", err=True)
+    typer.echo("time: " + ", ".join(f"{stage} {spent:.2f} s" for stage, spent in seconds.items()))
+
+
+class Thinned:
+    """Passes frames on, and keeps evenly spaced ones for a contact sheet: a long file need not stay in memory."""
+
+    def __init__(self, frames: Iterator[Tensor], limit: int = SHEET_FRAMES) -> None:
+        self._frames, self._limit, self._stride = frames, limit, 1
+        self._kept: list[Tensor] = []
+        self._last: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for number, frame in enumerate(self._frames):
+            self._last = frame
+            if number % self._stride == 0:
+                self._kept.append(frame)
+            if len(self._kept) > self._limit:
+                self._kept, self._stride = self._kept[::2], 2 * self._stride
+            yield frame
+
+    def kept(self) -> Tensor:
+        """[T,H,W,3], the first and the last frame among them."""
+        assert self._last is not None
+        ends_on_last = self._kept[-1] is self._last
+        return torch.stack(self._kept if ends_on_last else [*self._kept, self._last])
+
+
+@contextmanager
+def _progress(steps: int, label: str) -> Iterator[Any]:
+    """A callback for the pipeline that moves a bar on stderr; no bar where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task(label, total=steps)
+        yield lambda done, _steps, _latents: progress.update(bar, completed=done)
+
+
+def _record(job: Job, pipe: Pipeline, target: Target, hashes: dict[str, str], seconds: dict[str, float]) -> dict[str, Any]:
+    """Every setting under the name by which `prepare` reads it again, then what else is known of the run."""
+    settings = {field.name: getattr(job.settings, field.name) for field in fields(job.settings) if field.name != "output"}
+    run = pipe.last_run
+    return {
+        "task": job.resolved.task,
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        **settings,
+        "seed": target.seed,
+        "fps": job.fps,
+        "tiling": job.tiling,
+        "model": job.model,
+        "lora": job.lora,  # null: the model's own
+        "attention": job.attention,
+        "device": str(pipe.device),
+        "dtype": str(getattr(pipe.dit, "dtype", None)).removeprefix("torch."),
+        **job.media.to_json(),
+        "out": target.clip,
+        "guidance_mode": run.get("guidance_mode"),
+        "tokens": run.get("tokens"),
+        "seconds": {stage: round(spent, 4) for stage, spent in seconds.items()},
+        "versions": record.versions(),
+        "commit": record.commit(),
+        "hashes": {"model": record.named_hashes(job.files, hashes), "lora": {path: hashes[path] for path in job.lora or ()}},
+    }
