@@ -1,0 +1,67 @@
+"""nano's text encoder: a two-layer UMT5 with a word-level tokenizer made from the sprites' grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pusa_fast.training import sprites
+
+TEXT_LEN = 24
+_EXTRA = ["a", "an", "the", "moves", "slides", "is", "moving", "to", "on", "background", "with", "and", "and", "in", "of", "from", "clip", "video", "shape", "slow", "fast", "still"]
+
+
+def build_tokenizer() -> Any:
+    """A PreTrainedTokenizerFast: lower case, words and punctuation, `</s>` at the end as T5 has it."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    grammar = sprites.GRAMMAR
+    words = ["<pad>", "</s>", "<unk>", *dict.fromkeys([*(w for table in grammar for w in table), *_EXTRA, ".", ","])]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+class TextStack(nn.Module):
+    """Tokenizer and encoder as the pipeline uses them, but with gradients: captions -> [B, TEXT_LEN, D], zero rows after the end."""
+
+    def __init__(self, encoder: nn.Module, tokenizer: Any) -> None:
+        super().__init__()
+        self.encoder, self.tokenizer = encoder, tokenizer
+
+    @classmethod
+    def build(cls, width: int) -> TextStack:
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        tokenizer = build_tokenizer()
+        config = UMT5Config(
+            vocab_size=len(tokenizer), d_model=width, d_kv=width // 4, num_heads=4, d_ff=2 * width, num_layers=2,
+            dropout_rate=0.0, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        )  # fmt: skip
+        return cls(UMT5EncoderModel(config), tokenizer)
+
+    @classmethod
+    def load(cls, folder: Path) -> TextStack:
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
+        encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        return cls(encoder, AutoTokenizer.from_pretrained(folder / "tokenizer"))
+
+    def forward(self, captions: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=TEXT_LEN, return_tensors="pt")
+        mask = tokens["attention_mask"]
+        hidden: Tensor = self.encoder(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
+        return hidden * mask[..., None]
+
+    def save(self, folder: Path) -> None:
+        """The layout that the pipeline reads: text_encoder/ in bf16 and tokenizer/."""
+        encoder: Any = self.encoder
+        encoder.to(torch.bfloat16).save_pretrained(folder / "text_encoder")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
