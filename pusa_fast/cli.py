@@ -77,11 +77,22 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
+# Stage in which memory ran out -> the options that help there.
+_RELIEF = {
+    "text": "--dtype bfloat16",
+    "encode": "--tiling feather, or a smaller --size",
+    "denoise": "fewer --frames, a smaller --size, --guidance 1, or --dtype bfloat16",
+    "decode": "--tiling feather, a smaller --size, or fewer --frames",
+}
+
+
 def _relief(error: Exception) -> str:
     """The pipeline says in which stage memory ran out ("out of memory in decode on cpu: ..."), in terms of its own arguments."""
     said = str(error).split(":")[0]
-    where = said if said.startswith("out of memory in") else "out of memory"
-    return f"{where}: give --tiling feather, a smaller --size, fewer --frames, or --dtype bfloat16"
+    for stage, options in _RELIEF.items():
+        if said.startswith(f"out of memory in {stage}"):
+            return f"{said}: give {options}"
+    return "out of memory: give --tiling feather, a smaller --size, fewer --frames, or --dtype bfloat16"
 
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, help="Runs Pusa: video from text, pictures and clips.")

@@ -95,6 +95,6 @@ def _is_pil(media: object) -> bool:
 def _pil(image: Any) -> Tensor:
     from PIL import ImageOps
 
-    from pusa_fast.video import _rgb
+    from pusa_fast.video import rgb_array
 
-    return torch.from_numpy(_rgb(ImageOps.exif_transpose(image)))
+    return torch.from_numpy(rgb_array(ImageOps.exif_transpose(image)))

@@ -224,8 +224,8 @@ class Pipeline:
     def _context(self, text: str | Tensor) -> Tensor:
         if isinstance(text, str):
             assert self.text_encoder is not None
-            return self.text_encoder.encode([text])
-        return text
+            text = self.text_encoder.encode([text])
+        return text.to(self.device)
 
     def _start(self, request: _Request) -> tuple[Tensor, Any]:
         """Latents before the first step, on the device, and their schedule."""
@@ -265,6 +265,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         where = torch.device(device)
     except RuntimeError:
         raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from None
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device} is not supported: use cpu, cuda or cuda:N")
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device} does not exist here ({torch.cuda.device_count()} CUDA devices): use device='cpu'")
     return where

@@ -15,11 +15,13 @@ import secrets
 import shutil
 import struct
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +39,7 @@ PathLike = str | os.PathLike[str]
 
 MAX_PIXELS = 89_478_485  # of one picture or frame: Pillow's own limit against decompression bombs
 PICTURE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+_GIF_RATE = 50  # frames per second
 FIT_MODES = ("crop", "pad", "stretch")
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _TEXT = ("tty", "bin", "xbin", "adf", "idf")  # FFmpeg plays any text file as terminal art
@@ -45,7 +48,7 @@ _MATRICES = {1: Colorspace.ITU709, 4: Colorspace.FCC, 7: Colorspace.SMPTE240M, 9
 _MATRICES |= dict.fromkeys((5, 6), Colorspace.ITU601)
 _BT709 = 1  # the code of BT.709 for matrix, transfer and primaries alike
 # What Pillow raises for a damaged file, besides OSError: its parsers let struct, zlib and index errors through.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, OverflowError)
+_DAMAGED = (OSError, zlib.error, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,16 @@ def iter_video(path: PathLike, fps: float | None = None) -> Iterator[Array]:
     `fps` resamples: frame k is the one whose time is nearest to k / fps. None gives every frame; a folder of PNGs has no
     times, its pictures are taken as they are. Raises ValueError for a file that is no video, is damaged, or ends early.
     """
+    return (convert() for convert in _frames(path, fps))
+
+
+def _frames(path: PathLike, fps: float | None) -> Iterator[Callable[[], Array]]:
+    """Frames as calls that give them: one that is skipped is not converted."""
     if os.path.isdir(path):
-        return (read_image(picture).numpy() for picture in _pictures(path))
+        return (partial(_read_array, picture) for picture in _pictures(path))
     timed = _decode(path)
-    return (frame for _, _, frame in timed) if fps is None else _resample(timed, rate_of(fps))
+    chosen = (frame for _, _, frame in timed) if fps is None else _resample(timed, rate_of(fps))
+    return (partial(_upright, frame) for frame in chosen)
 
 
 def read_video(
@@ -94,14 +103,20 @@ def read_video(
 
     Memory holds only the frames returned. Raises as `iter_video`; also ValueError where the frames differ in size.
     """
-    frames = itertools.islice(iter_video(path, fps), max_frames)
-    kept = list(frames if last_frames is None else deque(frames, maxlen=last_frames))
+    frames = itertools.islice(_frames(path, fps), max_frames)
+    kept = [convert() for convert in (frames if last_frames is None else deque(frames, maxlen=last_frames))]
     if not kept:
         raise ValueError(f"{path} has no video frame: it is empty or damaged")
     sizes = {frame.shape for frame in kept}
     if len(sizes) > 1:
         raise ValueError(f"{path} holds frames of {len(sizes)} sizes, {sorted(sizes)[:2]} among them: convert it to one size")
     return torch.from_numpy(np.stack(kept))
+
+
+def check_whole(path: PathLike) -> None:
+    """Decode a file to its end. Raises as `iter_video` where it is damaged or ends early."""
+    for _ in _frames(path, None):
+        pass
 
 
 def _pictures(folder: PathLike) -> list[Path]:
@@ -137,7 +152,7 @@ def _opened(path: PathLike) -> Iterator[tuple[Any, Any]]:
         raise ValueError(f"{path} cannot be read as a video ({error.strerror}): it is truncated, damaged or not a video") from None
 
 
-def _decode(path: PathLike) -> Iterator[tuple[Fraction, Fraction, Array]]:
+def _decode(path: PathLike) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame]]:
     """(time, duration, frame), times in seconds from the first frame. Raises ValueError where the file ends early."""
     with _opened(path) as (container, stream):
         usual = 1 / Fraction(stream.average_rate or 25)
@@ -149,17 +164,18 @@ def _decode(path: PathLike) -> Iterator[tuple[Fraction, Fraction, Array]]:
             start = time if start is None else start
             duration = frame.duration * Fraction(frame.time_base) if frame.duration else usual
             end, count = time + duration, count + 1
-            yield time - start, duration, _upright(frame)
-        promised = _promised(container, stream)
-        if start is None or (promised is not None and end - start < promised - Fraction(3, 2) * usual):
-            lasts = f"{float(end - start) if start is not None else 0:.2f} of {float(promised or 0):.2f} s"
+            yield time - start, duration, frame
+        promised = _promised(container, stream, start or Fraction(0))
+        if start is None or (promised is not None and end < promised - Fraction(3, 2) * usual):
+            lasts = f"up to {float(end):.2f} of {float(promised or 0):.2f} s"
             raise ValueError(f"{path} ends early ({count} frames, {lasts}): it is truncated")
 
 
-def _promised(container: Any, stream: Any) -> Fraction | None:
-    """The length that the file's header gives its video stream, in seconds; Matroska keeps it in a tag."""
+def _promised(container: Any, stream: Any, start: Fraction) -> Fraction | None:
+    """When the file's header says that its video ends, in seconds. A stream's own length counts from its first frame, at
+    `start`; Matroska's tag and the container's length count from 0."""
     if stream.duration is not None:
-        return Fraction(stream.duration * stream.time_base)
+        return start + Fraction(stream.duration * stream.time_base)
     if tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
         return 3600 * int(tag[1]) + 60 * int(tag[2]) + Fraction(tag[3])
     alone = len(container.streams) == 1 and container.duration is not None
@@ -173,10 +189,10 @@ def _upright(frame: av.VideoFrame) -> Array:
     return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)), dtype=np.uint8)
 
 
-def _resample(timed: Iterator[tuple[Fraction, Fraction, Array]], fps: Fraction) -> Iterator[Array]:
+def _resample(timed: Iterator[tuple[Fraction, Fraction, av.VideoFrame]], fps: Fraction) -> Iterator[av.VideoFrame]:
     wanted = itertools.count()
     target = next(wanted) / fps
-    held: tuple[Fraction, Fraction, Array] | None = None
+    held: tuple[Fraction, Fraction, av.VideoFrame] | None = None
     for time, duration, frame in timed:
         while held is not None and target <= (held[0] + time) / 2:
             yield held[2]
@@ -189,9 +205,9 @@ def _resample(timed: Iterator[tuple[Fraction, Fraction, Array]], fps: Fraction) 
 
 
 def rate_of(fps: float) -> Fraction:
-    """`fps` as a fraction; ValueError unless it is above 0 and at most 1000."""
-    if not 0 < fps <= 1000:  # NaN fails too
-        raise ValueError(f"fps={fps} must be above 0 and at most 1000")
+    """`fps` as a fraction; ValueError unless it is from 0.001 to 1000."""
+    if not 0.001 <= fps <= 1000:  # NaN fails too
+        raise ValueError(f"fps={fps} must be at least 0.001 and at most 1000")
     return Fraction(fps).limit_denominator(10_000)
 
 
@@ -207,7 +223,7 @@ def read_image(path: PathLike) -> Tensor:
             with Image.open(file, formats=[name for name in PICTURE_FORMATS if name in Image.OPEN]) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
-                rgb = _rgb(ImageOps.exif_transpose(image))
+                rgb = rgb_array(ImageOps.exif_transpose(image))
         except Image.DecompressionBombError as error:
             raise ValueError(f"{path} would unpack to more than {MAX_PIXELS} pixels ({error}): scale the picture down") from None
         except UnidentifiedImageError:
@@ -218,7 +234,13 @@ def read_image(path: PathLike) -> Tensor:
     return torch.from_numpy(rgb)
 
 
-def _rgb(image: Image.Image) -> Array:
+def _read_array(path: PathLike) -> Array:
+    array: Array = read_image(path).numpy()
+    return array
+
+
+def rgb_array(image: Image.Image) -> Array:
+    """uint8 [H,W,3] of any picture: transparency on black, 16 bits brought to 8. Raises ValueError for floating-point pixels."""
     if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion clips them at 255
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
         grey = ((wide * 255 + 32767) // 65535).astype(np.uint8)
@@ -284,14 +306,22 @@ def contact_sheet(frames: Tensor, longest: int = 1600) -> Image.Image:
     return sheet
 
 
-def check_target(path: PathLike) -> None:
-    """Raises ValueError for a path that `write_video` has no format for, or a folder that holds more than numbered PNGs."""
+def check_target(path: PathLike, fps: float) -> None:
+    """Raises ValueError for a path or rate that `write_video` has no format for, or a folder with more than numbered PNGs in it."""
+    rate = rate_of(fps)
     if _is_folder(path):
+        file = os.fspath(path).rstrip("/" + os.sep)
+        if os.path.lexists(file) and not os.path.isdir(file):
+            raise ValueError(f"{path} means a folder of PNGs, but {file} is a file: choose another name")
         kept = [entry.name for entry in Path(path).iterdir() if not re.fullmatch(r"\d+\.png", entry.name)] if os.path.isdir(path) else []
         if kept:
             raise ValueError(f"{path} holds {kept[0]}, not numbered PNGs only, and would be replaced: choose another folder")
     elif os.path.splitext(path)[1].lower() not in _WRITERS:
         raise ValueError(f"{path} cannot be written: end it in {', '.join(_WRITERS)}, or in / for a folder of PNGs")
+    elif os.path.isdir(path):
+        raise ValueError(f"{path} is a folder: choose another name, or end it in / for a folder of PNGs")
+    elif os.path.splitext(path)[1].lower() == ".gif" and rate > _GIF_RATE:
+        raise ValueError(f"{path}: players show a GIF at no more than {_GIF_RATE} frames per second, got {float(rate):g}: lower the rate")
 
 
 def write_video(path: PathLike, frames: Tensor | Iterable[Array | Tensor], fps: float) -> None:
@@ -300,7 +330,13 @@ def write_video(path: PathLike, frames: Tensor | Iterable[Array | Tensor], fps: 
     An iterable is written as it comes (a GIF needs all frames for its palette). Equal frames give equal bytes, whatever the
     number of cores. Raises ValueError for a format, rate or size that cannot be written, OSError for a full or forbidden disk.
     """
-    check_target(path)
+    with staged(path) as temporary:
+        encode_video(temporary, path, frames, fps)
+
+
+def encode_video(temporary: Path, path: PathLike, frames: Tensor | Iterable[Array | Tensor], fps: float) -> None:
+    """As `write_video`, in the format of `path` but at the name `temporary`, for a caller that renames several files at once."""
+    check_target(path, fps)
     rate = rate_of(fps)
     arrays = (frame.cpu().numpy() if isinstance(frame, Tensor) else frame for frame in frames)
     first = next(arrays, None)
@@ -308,8 +344,7 @@ def write_video(path: PathLike, frames: Tensor | Iterable[Array | Tensor], fps: 
         raise ValueError(f"{path}: there are no frames to write")
     write = _write_pngs if _is_folder(path) else _WRITERS[os.path.splitext(path)[1].lower()]
     try:
-        with staged(path) as temporary:
-            write(temporary, itertools.chain([first], arrays), rate)
+        write(temporary, itertools.chain([first], arrays), rate)
     except av.FFmpegError as error:  # its code is that of the system where the disk was full or forbidden
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
@@ -323,19 +358,26 @@ def staged(path: PathLike) -> Iterator[Path]:
     temporary = target.with_name(f".pusa-fast-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        if temporary.is_dir() and target.is_dir():  # a folder only replaces an empty one
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+        _move(temporary, target)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 
-def write_image(path: PathLike, image: Image.Image) -> None:
-    """Write a PNG, whole or not at all. Raises OSError."""
-    with staged(path) as temporary:
-        image.save(temporary, format="PNG")
+def _move(temporary: Path, target: Path) -> None:
+    """Replace `target`. A folder only replaces an empty one: the old one steps aside, and goes once the new one is in place."""
+    aside = temporary.with_suffix(".old") if temporary.is_dir() and target.is_dir() else None
+    try:
+        if aside is not None:
+            os.replace(target, aside)
+        os.replace(temporary, target)
+    except OSError as error:
+        if aside is not None and aside.exists() and not target.exists():
+            os.replace(aside, target)
+        raise type(error)(error.errno, error.strerror, str(target)) from None
+    if aside is not None:
+        shutil.rmtree(aside)
 
 
 def _is_folder(path: PathLike) -> bool:
@@ -371,8 +413,6 @@ def _write_mp4(path: Path, frames: Iterator[Array], rate: Fraction) -> None:
 
 def _write_gif(path: Path, frames: Iterator[Array], rate: Fraction) -> None:
     """One palette for the clip, so that still areas do not flicker; delays are hundredths of a second that add up to the rate."""
-    if rate > 50:
-        raise ValueError(f"fps={float(rate):g}: players show a GIF at no more than 50 frames per second")
     clip = np.stack(list(frames))
     sample = clip[np.linspace(0, len(clip) - 1, min(16, len(clip))).round().astype(int)]
     palette = Image.fromarray(sample.reshape(-1, clip.shape[2], 3)).quantize(256, method=Image.Quantize.MEDIANCUT)

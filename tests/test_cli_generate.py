@@ -44,9 +44,10 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_lora(path: Path, dim: int) -> None:
+    """On a projection whose output nothing normalises, so that its strength is seen in the frames."""
     generator = torch.Generator().manual_seed(6)
-    name = "blocks.0.self_attn.q"
-    tensors = {f"{name}.lora_A.default.weight": torch.randn(2, dim, generator=generator)}
+    name = "blocks.1.ffn.2"
+    tensors = {f"{name}.lora_A.default.weight": torch.randn(2, 32, generator=generator)}
     tensors[f"{name}.lora_B.default.weight"] = torch.randn(dim, 2, generator=generator)
     checkpoint.save(path, tensors)
 

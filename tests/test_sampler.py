@@ -191,6 +191,12 @@ def test_experts_change_at_the_boundary(steps: int, high: int) -> None:
     assert sum(t.shape[0] for fake in (pair.high, pair.low) for t, _ in fake.prepared) == steps
 
 
+def test_a_step_on_the_boundary_is_the_high_experts() -> None:
+    schedule = lift(sigma_grid(2, 7.0), [1.0] * 3)
+    assert schedule.global_sigmas.tolist() == [1.0, 0.875, 0.0]
+    assert ExpertPair(Fake(), Fake()).prepare(schedule.timesteps, context(0.5), schedule.global_sigmas)[0] == 2
+
+
 def test_experts_follow_the_global_level_not_the_frames() -> None:
     """All frames are conditions here: the largest timestep, 200, is far below the boundary that the run starts above."""
     pair = ExpertPair(Fake(), Fake())

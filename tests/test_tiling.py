@@ -50,6 +50,8 @@ def test_masks_of_the_reference() -> None:
     mask = feather_mask((4, 12), 20, 4, torch.device("cpu"))
     assert mask.tolist() == [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]
     assert feather_mask((0, 8), 20, 4, torch.device("cpu")).tolist() == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    overlapping = feather_mask((4, 10), 20, 4, torch.device("cpu"))
+    assert overlapping.tolist() == [0.25, 0.5, 1, 0.75, 0.5, 0.25], "the right ramp overwrites the left"
     assert tile_spans(60, 30, 15) == [(0, 30), (15, 45), (30, 60)]  # 480p: three tiles down
     assert tile_spans(104, 52, 26) == [(0, 52), (26, 78), (52, 104)]
 

@@ -83,6 +83,21 @@ def test_dtype_follows_the_caller_and_output_is_clamped(vae: WanVAE) -> None:
     assert vae.encode(torch.zeros(1, 3, 1, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("tiling", [None, Tiling(tile=(3, 3), stride=(2, 2))])
+def test_half_precision_stays_near_float32(vae: WanVAE, tiling: Tiling | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 weights, what a GPU runs: within a few of its roundings, whole, tiled and streamed; flat input stays finite."""
+    monkeypatch.setattr(vae_module, "_CHUNK_LATENT_PIXELS", 16)
+    half = copy.deepcopy(vae).to(torch.bfloat16)
+    clip = torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    z = vae.encode(clip, tiling)
+    assert relative_error(half.encode(clip, tiling), z) < 0.03
+    assert relative_error(half.decode(z, tiling), vae.decode(z, tiling)) < 0.05
+    for dtype in (torch.bfloat16, torch.float16):
+        norm = vae_module.RMSNorm(8).to(dtype)
+        assert torch.isfinite(norm(torch.zeros(1, 8, 1, 2, 2, dtype=dtype))).all()
+        assert torch.isfinite(norm(torch.full((1, 8, 1, 2, 2), 1e-6, dtype=dtype))).all()
+
+
 @pytest.mark.parametrize("frames", [0, 2, 4, 6, 80])
 def test_frame_counts_other_than_4k_plus_1_are_refused(vae: WanVAE, frames: int) -> None:
     with pytest.raises(ValueError, match=f"got {frames}"):

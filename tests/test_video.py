@@ -91,7 +91,7 @@ def test_gif_keeps_its_rate_though_delays_are_hundredths(tmp_path: Path) -> None
     video.write_video(tmp_path / "clip.gif", moving_square(16), fps=8)  # 12.5 hundredths a frame
     assert len(video.read_video(tmp_path / "clip.gif", fps=8)) == 16
     assert len(video.read_video(tmp_path / "clip.gif", fps=4)) == 8
-    with pytest.raises(ValueError, match="fps=60"):
+    with pytest.raises(ValueError, match=r"fast\.gif: .*60"):
         video.write_video(tmp_path / "fast.gif", moving_square(4), fps=60)
 
 
@@ -249,6 +249,15 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space left"):
             video.write_video(f"{tmp_path}/{name}", broken(), fps=8)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_temporary_file_is_removed(tmp_path: Path, error: BaseException) -> None:
+    (tmp_path / "clip.json").write_text("old")
+    with pytest.raises(type(error)), video.staged(tmp_path / "clip.json") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("clip.json", "old")]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -24,6 +25,14 @@ BASE_STEPS, LORA_STEPS, LORA_RANK = 3600, 800, 32
 SHARD = 400
 
 
+def digest(model: torch.nn.Module) -> str:
+    """A short name for a model's weights."""
+    found = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        found.update(tensor.detach().float().numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
 def base_steps(scale: float) -> int:
     return max(1, round(BASE_STEPS * scale))
 
@@ -38,17 +47,21 @@ def scene(seed: int, index: int) -> sprites.Scene:
 
 
 def encode_clips(vae: WanVAE, run: Path, seed: int, count: int) -> Tensor:
-    """Normalised latents of the first `count` training scenes, half precision [N, C, F, h, w], made shard by shard."""
-    folder = run / "latents"
+    """Normalised latents of the first `count` training scenes, half precision [N, C, F, h, w], made shard by shard.
+
+    The folder's name carries a digest of the VAE's weights: latents of another VAE are never taken.
+    """
+    folder = run / f"latents-{digest(vae)}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     for start in range(0, count, SHARD):
-        path = folder / f"{start}.pt"
+        stop = min(count, start + SHARD)
+        path = folder / f"{start}-{stop}.pt"
         if not path.exists():
-            clips = sprites.render([scene(seed, i) for i in range(start, min(count, start + SHARD))])
+            clips = sprites.render([scene(seed, i) for i in range(start, stop)])
             latents = torch.cat([_encode(vae, part) for part in clips.split(20)])
             stage.save_atomic(latents.half(), path)
-            print(f"latents {start + len(clips)}/{count}", flush=True)
+            print(f"latents {stop}/{count}", flush=True)
         shards.append(torch.load(path, weights_only=True))
     return torch.cat(shards)
 
@@ -86,7 +99,8 @@ def train_base(
     optimizers = muon.split(both, lr=0.006, adam_lr=2e-3, keep_out=("shared", "head.head", "norm"))
     stage.train(
         "base", {"dit": dit, "text": text}, optimizers,
-        lambda step: loss_at(dit, text, latents, seed, step, synchronous=True), base_steps(scale), run, start=start,
+        lambda step: loss_at(dit, text, latents, seed, step, synchronous=True), base_steps(scale), run,
+        plan=f"seed {seed}, {base_steps(scale)} steps, VAE {digest(vae)}", start=start,
     )  # fmt: skip
     return dit, text
 
@@ -95,12 +109,14 @@ def train_lora(dit: WanDiT, text: TextStack, vae: WanVAE, run: Path, seed: int, 
     """An adapter on the frozen base, each frame at a level of its own (FAFM, p_async = 1)."""
     latents = encode_clips(vae, run, seed, max(BATCH, round(CLIPS * scale)))
     text.requires_grad_(False)
+    base = digest(dit)
     torch.manual_seed(seed)
     parameters = add_lora(dit, LORA_RANK)
     optimizers = [torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01)]
     stage.train(
         "lora", {"dit": dit}, optimizers,
         lambda step: loss_at(dit, text, latents, seed, step, synchronous=False), lora_steps(scale), run,
+        plan=f"seed {seed}, {lora_steps(scale)} steps, base {base}",
     )  # fmt: skip
     return dit
 

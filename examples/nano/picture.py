@@ -1,4 +1,4 @@
-"""Draw a first frame for nano: `python examples/nano/picture.py red circle right gray first.png`."""
+"""Draw the first and last frame of a scene for nano: `picture.py red circle right gray first.png last.png`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pusa_fast.training import sprites
 
 
 def main() -> None:
-    if len(sys.argv) != 6:
+    if len(sys.argv) != 7:
         tables = (sprites.COLORS, sprites.SHAPES, sprites.DIRECTIONS, sprites.BACKGROUNDS)
-        sys.exit("usage: picture.py COLOR SHAPE DIRECTION BACKGROUND OUT, of " + "; ".join(" ".join(t) for t in tables))
-    color, shape, direction, background, out = sys.argv[1:]
+        sys.exit("usage: picture.py COLOR SHAPE DIRECTION BACKGROUND FIRST LAST, of " + "; ".join(" ".join(t) for t in tables))
+    color, shape, direction, background, first, last = sys.argv[1:]
     dx, dy = sprites.DIRECTIONS[direction]
     scene = sprites.Scene(shape, color, "large", direction, "slowly", background, 32 - 12 * dx, 32 - 12 * dy)
-    Image.fromarray(sprites.render([scene])[0, 0].numpy()).save(out)
+    clip = sprites.render([scene])[0].numpy()
+    Image.fromarray(clip[0]).save(first)
+    Image.fromarray(clip[-1]).save(last)
 
 
 if __name__ == "__main__":

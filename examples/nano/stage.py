@@ -45,14 +45,15 @@ def train(
     steps: int,
     run: Path,
     *,
-    on_step: Callable[[int], None] = lambda step: None,
+    plan: str,
     validate: Callable[[], dict[str, float]] = dict,
     start: int = 0,
     log_every: int = 50,
 ) -> None:
     """Minimise `loss_fn(step)` for `steps` steps, resuming from `run/name.pt`; metrics go to `run/name.jsonl`.
 
-    `start`: the step that the modules' weights come from where there is no checkpoint.
+    `plan` says what the weights depend on (seed, steps, input weights): a checkpoint of another plan is refused with a
+    ValueError. `start`: the step that the modules' weights come from where there is no checkpoint.
     """
     run.mkdir(parents=True, exist_ok=True)
     path, log = run / f"{name}.pt", run / f"{name}.jsonl"
@@ -60,6 +61,8 @@ def train(
     spent = 0.0
     if path.exists():
         saved = torch.load(path, weights_only=True)
+        if saved["plan"] != plan:
+            raise ValueError(f"{path} is of another run ({saved['plan']}, not {plan}): delete it, or give another --run")
         start, spent = saved["step"], saved["seconds"]
         for key, module in modules.items():
             module.load_state_dict(saved["modules"][key])
@@ -70,12 +73,11 @@ def train(
     def save(step: int) -> None:
         states = {key: module.state_dict() for key, module in modules.items()}
         opt = [o.state_dict() for o in optimizers]
-        save_atomic({"step": step, "seconds": spent, "modules": states, "optimizers": opt}, path)
+        save_atomic({"plan": plan, "step": step, "seconds": spent, "modules": states, "optimizers": opt}, path)
 
     params = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     began, saved_at, recent = time.monotonic() - spent, time.monotonic(), []
     for step in range(start, steps):
-        on_step(step)
         for group, lr in zip([g for o in optimizers for g in o.param_groups], base_lr, strict=True):
             group["lr"] = lr * cosine(step, steps)
         loss = loss_fn(step)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pusa_fast.training import sprites
 
 TEXT_LEN = 24
-_EXTRA = ["a", "an", "the", "moves", "slides", "is", "moving", "to", "on", "background", "with", "and", "and", "in", "of", "from", "clip", "video", "shape", "slow", "fast", "still"]
+_EXTRA = ["a", "an", "the", "moves", "slides", "is", "moving", "to", "on", "background", "with", "and", "in", "of", "from", "clip", "video", "shape", "slow", "fast", "still"]
 
 
 def build_tokenizer() -> Any:

@@ -1,7 +1,7 @@
 """Train the embedded model from nothing, unattended: VAE, text-to-video base, Pusa LoRA.
 
-    python examples/nano/train.py                    # all three stages, hours on two cores; run again after a kill
-    python examples/nano/train.py --scale 0.01 --out trial   # a trial of a few minutes
+    python examples/nano/train.py --out mine --run runs/mine          # all three stages, hours on two cores; again after a kill
+    python examples/nano/train.py --out trial --run runs/trial --scale 0.01   # a trial of a few minutes
 
 Each stage resumes from its checkpoint in --run. A stage that --out already holds for this seed and plan is taken from
 there; a VAE or base that stopped half-way there goes on from those weights (with fresh optimisers). `--export` writes
@@ -67,7 +67,12 @@ class Trainer:
     def run_until(self, last: str) -> None:
         for name in ("vae", "base", "lora"):
             steps = {"vae": vae.steps(self.scale), "base": dit.base_steps(self.scale), "lora": dit.lora_steps(self.scale)}[name]
-            if self.stages.get(name, {}).get("steps") != steps:
+            done = self.stages.get(name, {}).get("steps", 0)
+            if done > steps:
+                raise SystemExit(f"{self.out} holds {done} steps of {name}, the plan has {steps}: give another --out, or a larger --scale")
+            if done == steps:
+                print(f"{name}: {self.out} holds it already ({steps} steps, seed {self.seed}); --out DIR trains another")
+            else:
                 getattr(self, f"_{name}")()
                 self._record(name, steps)
             if name == last:
@@ -126,7 +131,7 @@ class Trainer:
         model = {
             "name": "nano", "dit": "dit.safetensors", "vae": "vae.safetensors",
             "text": {"encoder": "text_encoder", "tokenizer": "tokenizer", "text_len": text.TEXT_LEN},
-            "lora": {"pusa_lora.safetensors": 1.0}, "defaults": DEFAULTS,
+            "lora": {"pusa_lora.safetensors": 1.0} if "lora" in self.stages else {}, "defaults": DEFAULTS,
             "training": {"seed": self.seed, "torch": torch.__version__, "threads": torch.get_num_threads(), "stages": self.stages},
         }  # fmt: skip
         part = self.out / "model.json.part"

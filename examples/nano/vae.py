@@ -102,7 +102,8 @@ def train(run: Path, seed: int, scale: float, begun: WanVAE | None = None, start
     def validate() -> dict[str, float]:
         return {f"psnr{f}": round(psnr(vae, clips), 2) for f, clips in held_out.items()}
 
-    stage.train("vae", {"vae": vae}, optimizers, loss_fn, steps(scale), run, validate=validate, start=start)
+    stage.train("vae", {"vae": vae}, optimizers, loss_fn, steps(scale), run,
+                plan=f"seed {seed}, {steps(scale)} steps", validate=validate, start=start)  # fmt: skip
     return with_statistics(vae, seed)
 
 

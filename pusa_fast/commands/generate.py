@@ -69,16 +69,19 @@ def _make(
             seed=target.seed, compat=chosen.compat, fit=chosen.fit, tiling=TILINGS[job.tiling], callback=callback,
         )  # fmt: skip
     seconds = {**seconds, **pipe.last_run["seconds"]}
+    found = hashes.result()
     start = time.perf_counter()
     thinned = Thinned(job.media.assemble(frames, job.fps, chosen.fit))
-    video.write_video(target.clip, thinned, job.fps)
-    with video.staged(target.sheet) as temporary:
-        video.contact_sheet(thinned.kept()).save(temporary, format="PNG")
-    seconds["write"] = time.perf_counter() - start
-    made = _record(job, pipe, target, hashes.result(), seconds)
-    record.write(target.record, made)
+    # All three are complete before the first is renamed, and the record, which speaks of the others, comes last.
+    with video.staged(target.record) as note, video.staged(target.sheet) as sheet, video.staged(target.clip) as clip:
+        video.encode_video(clip, target.clip, thinned, job.fps)
+        video.contact_sheet(thinned.kept()).save(sheet, format="PNG")
+        seconds["write"] = time.perf_counter() - start
+        made = _record(job, pipe, target, found, seconds)
+        note.write_text(record.text(made), encoding="utf-8")
     typer.echo(f"wrote {', '.join(map(os.path.relpath, (target.clip, target.sheet, target.record)))}")
-    if changed := [name for name, value in made["hashes"]["model"].items() if job.expected.get(name, value) != value]:
+    used = {**made["hashes"]["model"], **made["hashes"]["lora"]}
+    if changed := [name for name, value in used.items() if job.expected.get(name, value) != value]:
         typer.echo(f"warning: {changed[0]} is not the file that the record names: the clip may differ", err=True)
     typer.echo("time: " + ", ".join(f"{stage} {spent:.2f} s" for stage, spent in seconds.items()))
 

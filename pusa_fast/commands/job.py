@@ -78,7 +78,7 @@ class Job:
     media: MediaPlan
     resolved: task.Plan
     targets: tuple[Target, ...]
-    expected: Mapping[str, str]  # hashes of the model's files in the record of --from
+    expected: Mapping[str, str]  # hashes of the model's files and LoRAs in the record of --from
 
 
 def prepare(options: Options, inputs: Inputs) -> Job:
@@ -100,8 +100,8 @@ def prepare(options: Options, inputs: Inputs) -> Job:
     with as_typed():
         settings, *_ = (task.settings({**asked, "seed": seed}, files.defaults, (multiple, multiple)) for seed in seeds)
     fps = _first(options.fps, known.get("fps"), files.defaults["fps"])
-    if not isinstance(fps, (int, float)) or not 0 < fps <= 1000:  # NaN is in no interval
-        raise ValueError(f"--fps {fps!r} must be a number above 0, at most 1000")
+    with as_typed():
+        video.rate_of(fps)
     media = MediaPlan.from_json(known) if not inputs.given() else plan_media(inputs, settings.num_frames)
     with as_typed():
         resolved = media.resolve(settings.num_frames)
@@ -123,17 +123,17 @@ def prepare(options: Options, inputs: Inputs) -> Job:
         dtype=_choice("dtype", _first(options.dtype, known.get("dtype")), DTYPES),
         media=media,
         resolved=resolved,
-        targets=tuple(_targets(out, seeds, options.overwrite, media)),
-        expected=known.get("hashes", {}).get("model", {}) if options.model is None else {},
+        targets=tuple(_targets(out, seeds, fps, options.overwrite, media)),
+        expected=_expected(known, options),
     )
 
 
 # What the library says -> what was typed.
 _TYPED = {
-    r"conditions\[\d+\] \((.+?)\)(?=[: ])": r"\1",
+    r"conditions\[\d+\] \((.+?)\)(?=: | and conditions\[| both )": r"\1",
     r"\bnum_frames\b": "--frames",
     r"\bguidance_scale\b": "--guidance",
-    r"^(steps|shift|seed)\b": r"--\1",
+    r"^(steps|shift|seed|fps)\b": r"--\1",
     r"^(width|height)\b": r"--size: \1",
 }
 
@@ -148,6 +148,13 @@ def as_typed() -> Iterator[None]:
         for pattern, typed in _TYPED.items():
             message = re.sub(pattern, typed, message)
         raise ValueError(message) from None
+
+
+def _expected(known: Mapping[str, Any], options: Options) -> dict[str, str]:
+    """Hashes that the record of --from gives for files that this call reads again."""
+    hashes = known.get("hashes", {})
+    model = hashes.get("model", {}) if options.model is None else {}
+    return {**model, **(hashes.get("lora", {}) if options.lora is None else {})}
 
 
 def _first(*values: Any) -> Any:
@@ -207,23 +214,29 @@ def _existing(lora: Any) -> Mapping[str, float] | None:
     return lora
 
 
-def _targets(out: str, seeds: list[int], overwrite: bool, media: MediaPlan) -> Iterator[Target]:
+def _targets(out: str, seeds: list[int], fps: float, overwrite: bool, media: MediaPlan) -> Iterator[Target]:
     """Files for each seed. Raises ValueError or an OSError where one cannot be written, or must not be."""
     folder = "/" if out.endswith("/") or os.path.isdir(out) else ""
     stem, suffix = (out.rstrip("/"), folder) if folder else os.path.splitext(out)
+    if not os.path.basename(stem):
+        raise ValueError(f"--out {out!r} names no file: write such as clip.mp4")
     inputs = {os.path.realpath(path) for path in media.paths()}
     for seed in seeds:
         name = os.path.abspath(stem) + (f"-{seed}" if len(seeds) > 1 else "")
         target = Target(seed, name + suffix, name + ".png", name + ".json")
-        video.check_target(target.clip)
+        video.check_target(target.clip, fps)
         parent = os.path.dirname(name)
         if not os.path.isdir(parent):
             raise FileNotFoundError(f"--out {out}: the folder {parent} does not exist: create it first")
         if not os.access(parent, os.W_OK):
             raise PermissionError(f"--out {out}: the folder {parent} cannot be written to: choose another")
         for path in (target.clip, target.sheet, target.record):
-            if os.path.realpath(path) in inputs:
-                raise ValueError(f"--out {out} would replace {path}, which the clip is made from: choose another name")
-            if not overwrite and os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+            real, is_folder = os.path.realpath(path), path.endswith("/")
+            if used := [given for given in inputs if given == real or (is_folder and given.startswith(real + os.sep))]:
+                raise ValueError(f"--out {out} would replace {used[0]}, which the clip is made from: choose another name")
+            if os.path.isdir(path) and not is_folder:
+                raise IsADirectoryError(f"{path} is a folder where a file is to be written: choose another --out")
+            empty = is_folder and os.path.isdir(path) and not os.listdir(path)
+            if not overwrite and os.path.lexists(path) and not empty:
                 raise FileExistsError(f"{path} exists: give --overwrite to replace it, or another --out")
         yield target

@@ -121,11 +121,12 @@ class MediaPlan:
 def _read(given: Given, needed: int, fps: float) -> Tensor:
     if given.source is None:
         return video.read_image(given.path)
+    video.check_whole(given.path)  # damage beyond what is needed would be met after generation, when the clip is written
     frames = video.read_video(given.path, fps, needed if given.last_frames is None else None, last_frames=given.last_frames)
     if len(frames) < needed:
         raise ValueError(
             f"{given.path} has only {len(frames)} frames at {fps:g} per second, {needed} are needed for the latents kept: "
-            "give a longer video, keep fewer, or raise --fps"
+            "give a longer video, keep fewer (--keep, --overlap, --ends), or raise --fps"
         )
     return frames
 

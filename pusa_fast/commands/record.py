@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -14,13 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pusa_fast
-from pusa_fast.video import staged
+from pusa_fast.weights.files import file_hash
 from pusa_fast.weights.pretrained import ModelFiles
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "sentencepiece", "av", "pillow", "typer", "rich")
 # Files in a model's folders that are part of it.
 _MODEL_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".model", ".json"})
 FORMAT = "pusa-fast clip 1"
+
+# What `prepare` reads of a record, and the types that JSON may give it; null counts as absent.
+_FIELDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("prompt", "negative_prompt", "model", "compat", "fit", "tiling", "attention", "device", "dtype", "out"), (str,)),
+    **dict.fromkeys(("num_frames", "height", "width", "steps", "seed"), (int,)),
+    **dict.fromkeys(("guidance_scale", "shift", "fps"), (int, float)),
+    **dict.fromkeys(("conditions", "written"), (list,)),
+    **dict.fromkeys(("lora", "hashes"), (dict,)),
+}
 
 
 def versions() -> dict[str, str]:
@@ -77,8 +85,7 @@ class Hashes:
     def _run(self) -> None:
         try:
             for path in self._paths:
-                with open(path, "rb") as file:
-                    self._found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+                self._found[str(path)] = file_hash(path)
         except OSError as error:
             self._error = error
 
@@ -96,15 +103,13 @@ def named_hashes(files: ModelFiles, hashes: Mapping[str, str]) -> dict[str, str]
     return {os.path.relpath(path, folder): hashes[path] for path in own}
 
 
-def write(path: str, record: Mapping[str, Any]) -> None:
-    """Write clip.json, whole or not at all."""
-    text = json.dumps({"format": FORMAT, **record}, indent=1, ensure_ascii=False)
-    with staged(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+def text(record: Mapping[str, Any]) -> str:
+    """The content of clip.json."""
+    return json.dumps({"format": FORMAT, **record}, indent=1, ensure_ascii=False) + "\n"
 
 
 def read(path: str) -> dict[str, Any]:
-    """A clip.json that `write` made. Raises OSError, or ValueError for anything else."""
+    """A clip.json made from `text`, its fields of their types. Raises OSError, or ValueError for anything else."""
     with open(path, "rb") as file:
         content = file.read(10_000_000)
     try:
@@ -113,4 +118,13 @@ def read(path: str) -> dict[str, Any]:
         raise ValueError(f"--from {path} is not valid JSON ({error}): give the .json beside a clip") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f'--from {path} is not the record of a clip ("format" is not "{FORMAT}"): give the .json beside a clip')
-    return found
+    for name, kinds in _FIELDS.items():
+        value = found.get(name)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise ValueError(f"--from {path}: {name}={value!r} is no {' or '.join(kind.__name__ for kind in kinds)}: restore the file")
+    for name in ("model", "lora"):
+        if not isinstance((found.get("hashes") or {}).get(name, {}), dict):
+            raise ValueError(f"--from {path}: hashes.{name} is no dict: restore the file")
+    if found.get("written") == []:
+        raise ValueError(f"--from {path}: written=[] leaves nothing to write: restore the file")
+    return {name: value for name, value in found.items() if value is not None or name not in _FIELDS}

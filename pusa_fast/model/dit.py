@@ -79,7 +79,7 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config)
@@ -114,7 +114,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.head = nn.Linear(config.dim, config.out_channels * config.patch_size[1] * config.patch_size[2])
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
 
     def forward(self, x_BLD: Tensor, y_BLD: Tensor, gate_BFD: Tensor, t_emb_BFD: Tensor) -> Tensor:
         # One time vector for shift and scale alike: t_emb, not t_mod (spec 1.5).
@@ -266,8 +266,12 @@ class WanDiT(nn.Module):
     @torch.no_grad()
     def _initialise(self) -> None:
         """Official Wan's initialisation; each projection of a packed weight counts as one matrix of its own."""
+        if self.device.type == "meta":  # a loader fills it; random draws on meta import a compiler
+            return
         D = self.config.dim
         for name, module in self.named_modules():
+            if isinstance(module, (Block, Head)):
+                nn.init.normal_(module.modulation, std=D**-0.5)
             if isinstance(module, nn.Linear):
                 packed = name.endswith((".qkv", ".kv"))
                 for rows in torch.split(module.weight, D if packed else len(module.weight)):

@@ -43,7 +43,11 @@ def tile_spans(length: int, tile: int, stride: int) -> list[tuple[int, int]]:
 
 
 def feather_mask(span: tuple[int, int], length: int, border: int, device: torch.device) -> Tensor:
-    """Weights of one tile along one axis [span length]: a ramp of `border` entries at each end inside the image."""
+    """Weights of one tile along one axis [span length]: a ramp of `border` entries at each end inside the image.
+
+    Where the two ramps overlap the right one stands, as in the reference; a tile shorter than the border, which the
+    reference cannot do, takes the part of the ramp that fits.
+    """
     size = span[1] - span[0]
     mask = torch.ones(size, device=device)
     if border == 0:
@@ -53,7 +57,7 @@ def feather_mask(span: tuple[int, int], length: int, border: int, device: torch.
     if span[0] > 0:
         mask[:n] = ramp[:n]
     if span[1] < length:
-        mask[size - n :] = torch.minimum(mask[size - n :], ramp[:n].flip(0))
+        mask[size - n :] = ramp[:n].flip(0)
     return mask
 
 

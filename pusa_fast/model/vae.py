@@ -61,7 +61,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        normed: Tensor = x * (x.shape[1] ** 0.5 / norm.clamp_min(1e-12)).to(x.dtype)
+        # The factor stays in float32: it overflows half precision where a pixel's channels are near zero.
+        normed: Tensor = (x * (x.shape[1] ** 0.5 / norm.clamp_min(1e-12))).to(x.dtype)
         return normed * self.gamma
 
 
@@ -91,7 +92,8 @@ class FrameAttention(nn.Module):
     def forward(self, x: Tensor, cache: TemporalCache | None = None) -> Tensor:
         B, C, T, H, W = x.shape
         frames = _to_frames(x)
-        q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
+        # Fused attention wants a dense last dimension.
+        q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).contiguous()[:, None].chunk(3, dim=-1)
         out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(B * T, C, H, W)
         return x + _from_frames(self.proj(out), B)
 
@@ -193,9 +195,6 @@ class Decoder(nn.Module):
 class WanVAE(nn.Module):
     """Video <-> normalised latents. `encode` and `decode` stream; `encode_moments`/`decode_whole` are for training."""
 
-    latents_mean: Tensor
-    latents_std: Tensor
-
     def __init__(self, config: VAEConfig | None = None) -> None:
         super().__init__()
         self.config = cfg = config or VAEConfig()
@@ -239,7 +238,7 @@ class WanVAE(nn.Module):
             mu = self._encode_stream(x)
         else:
             mu = blend_tiles(x, self._encode_stream, size, tiling, in_scale=s, out_scale=1, channels=self.config.z_dim)
-        mean, std = self._statistics(mu)
+        mean, std = self._statistics()
         return ((mu - mean) / std).to(video.dtype)
 
     @torch.no_grad()
@@ -251,9 +250,8 @@ class WanVAE(nn.Module):
         cfg = self.config
         if z.ndim != 5 or z.shape[1] != cfg.z_dim or not z.shape[2] * z.shape[3] * z.shape[4]:
             raise ValueError(f"decode takes latents [B, {cfg.z_dim}, F, h, w], got {tuple(z.shape)}")
-        x = z.to(self.device, self.dtype)
-        mean, std = self._statistics(x)
-        x = self.conv2(x * std + mean)
+        mean, std = self._statistics()
+        x = self.conv2((z.to(self.device) * std + mean).to(self.dtype))
         if tiling is None:
             video = self._decode_stream(x)
         else:
@@ -271,12 +269,10 @@ class WanVAE(nn.Module):
         out: Tensor = self.decoder(self.conv2(z), None)
         return out
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        cfg = self.config
-        mean, std = (
-            torch.tensor(s, device=like.device).to(like.dtype).view(1, -1, 1, 1, 1)
-            for s in (cfg.latents_mean, cfg.latents_std)
-        )
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, [1, C, 1, 1, 1] in float32: half-precision latents are promoted by them."""
+        both = (self.config.latents_mean, self.config.latents_std)
+        mean, std = (torch.tensor(s, device=self.device, dtype=torch.float32).view(1, -1, 1, 1, 1) for s in both)
         return mean, std
 
     def _encode_stream(self, video: Tensor) -> Tensor:

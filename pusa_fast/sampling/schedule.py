@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 COMPAT = ("reference", "exact")
+MAX_STEPS = 1000  # the reference's training grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +83,8 @@ def lift(global_sigmas: Tensor, multipliers: Sequence[float], compat: str = "ref
 
 
 def check_steps(steps: object) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
-        raise ValueError(f"steps must be a whole number, at least 1; got {steps!r}")
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps must be a whole number from 1 to {MAX_STEPS}; got {steps!r}")
     return int(steps)
 
 

@@ -74,6 +74,7 @@ class Settings:
 
 CHOICES = {"compat": COMPAT, "fit": ("crop", "pad", "stretch"), "output": ("frames", "latents")}
 MAX_SEED = 2**63 - 1
+MAX_FRAMES = 100_001  # more than an hour: a slip of the finger, not a clip
 
 
 def settings(
@@ -114,8 +115,8 @@ def _is_whole(value: object) -> TypeGuard[int]:
 
 def latent_count(num_frames: object, temporal_factor: int = 4) -> int:
     """Latent frames of a clip of `num_frames` = k*n + 1 frames; ValueError naming the nearest counts otherwise."""
-    if not _is_whole(num_frames) or num_frames < 1:
-        raise ValueError(f"num_frames must be a whole number, at least 1; got {num_frames!r}")
+    if not _is_whole(num_frames) or not 1 <= num_frames <= MAX_FRAMES:
+        raise ValueError(f"num_frames must be a whole number from 1 to {MAX_FRAMES}; got {num_frames!r}")
     whole, rest = divmod(int(num_frames) - 1, temporal_factor)
     if rest:
         below = whole * temporal_factor + 1

@@ -16,7 +16,7 @@ def draw_levels(
 
     `synchronous`: one level per clip (text-to-video training); otherwise each frame draws its own (FAFM, p_async = 1).
     """
-    u = torch.rand(batch, 1 if synchronous else frames, generator=generator).expand(batch, frames)
+    u = torch.rand(batch, 1 if synchronous else frames, generator=generator, device=generator.device).expand(batch, frames)
     return shift * u / (1 + (shift - 1) * u)
 
 

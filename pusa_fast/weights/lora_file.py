@@ -78,7 +78,7 @@ class LoRAEntry:
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         """What this updates instead of a parameter of `shape`; None where it fits. Kernels count as flattened matrices."""
         if self.A is not None and self.B is not None:
-            own = (self.B.shape[0], self.A[0].numel())
+            own = (self.B.shape[0], math.prod(self.A.shape[1:]))
             if len(shape) < 2 or own != (shape[0], math.prod(shape[1:])):
                 return str(list(own))
         if self.diff is not None and self.diff.shape != shape:
@@ -90,7 +90,7 @@ class LoRAEntry:
         if self.A is not None and self.B is not None:
             # Moved before it is widened: half the bytes over the bus.
             A, B = (m.to(weight.device).to(weight.dtype).flatten(1) for m in (self.A, self.B))
-            weight.flatten(1).addmm_(B, A, alpha=strength * self.scale)
+            weight.view(weight.shape[0], -1).addmm_(B, A, alpha=strength * self.scale)
         if self.diff is not None:
             weight.add_(self.diff.to(weight.device).to(weight.dtype), alpha=strength)
 
@@ -162,9 +162,9 @@ def _entries(module: str, parts: Mapping[str, Tensor], alpha: float | None, labe
         )
     if A is None and parts.keys() & {"alpha", "bias_B"}:
         raise ValueError(f"{label}: {module} has {listing(parts)} without lora_A and lora_B: the file is incomplete")
-    if A is not None and B is not None and (A.ndim < 2 or B.ndim < 2 or B[0].numel() != A.shape[0]):
+    if A is not None and B is not None and (min(A.ndim, B.ndim) < 2 or A.shape[0] == 0 or B.shape[1:].numel() != A.shape[0]):
         raise ValueError(
-            f"{label}: lora_A {list(A.shape)} and lora_B {list(B.shape)} of {module} differ in rank: the file is damaged"
+            f"{label}: lora_A {list(A.shape)} and lora_B {list(B.shape)} of {module} differ in rank, or have none: the file is damaged"
         )
     low_rank = LoRAEntry(A, B, alpha, parts.get("weight"))
     bias = parts.get("bias")
