@@ -54,6 +54,12 @@ def write_inputs(folder: Path) -> None:
         (folder / name).write_text({"cut.json": '{"format": "pusa', "list.json": "[1]"}[name])
     record = {"format": "pusa-fast clip 1", "prompt": "x", "model": "tiny"}
     (folder / "odd.json").write_text(json.dumps({**record, "conditions": [{"path": "first.png", "latent": "zero"}]}))
+    (folder / "tiled.json").write_text(json.dumps({**record, "tiling": ["a"]}))
+    (folder / "hashed.json").write_text(json.dumps({**record, "hashes": [1]}))
+    (folder / "nothing.json").write_text(json.dumps({**record, "written": []}))
+    for name in ("numbered", "pictures.json"):
+        (folder / name).mkdir()
+    shutil.copy(folder / "first.png", folder / "numbered" / "0001.png")
     (folder / "slow.json").write_text(json.dumps({**record, "fps": "8"}))
     for name in ("pictures", "holiday", "tiny/text_encoder", "tiny/tokenizer", "half"):
         (folder / name).mkdir(parents=True)
@@ -149,6 +155,19 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "decompression bomb": (["--image", "bomb.png"], ["bomb.png", "would unpack to more than"]),
     "missing video": (["--extend", "none.mp4", "--overlap", "5"], ["none.mp4", "no such file"]),
     "truncated video": (["--extend", "cut.mp4", "--overlap", "5"], ["cut.mp4", "truncated"]),
+    "truncated after what is kept": (["--video", "cut.mp4", "--keep", "0"], ["cut.mp4", "truncated"]),
+    "truncated second clip": (["--transition", "nine.mp4", "cut.mp4", "--ends", "1"], ["cut.mp4", "truncated"]),
+    "out folder that holds the input": (["--image", "numbered/0001.png", "--out", "numbered/", "--overwrite"], ["0001.png", "made from"]),
+    "out folder that is a file": (["--out", "first.png/", "--overwrite"], ["first.png", "is a file"]),
+    "sheet in a folder's place": (["--out", "pictures.mp4", "--overwrite"], ["pictures.json", "is a folder"]),
+    "out without a name": (["--out", ""], ["names no file"]),
+    "gif at a rate no player shows": (["--out", "clip.gif", "--fps", "60"], ["60", "50"]),
+    "rate that rounds to nothing": (["--fps", "0.00001"], ["1e-05", "0.001"]),
+    "more frames than a film": (["--frames", "100000000000000001"], ["100000000000000001", "100001"]),
+    "more steps than levels": (["--steps", "100000"], ["100000", "1000"]),
+    "record with a list for a word": (["--from", "tiled.json"], ["tiling", "'a'"]),
+    "record with odd hashes": (["--from", "hashed.json"], ["hashes"]),
+    "record that writes nothing": (["--from", "nothing.json"], ["written"]),
     "empty video": (["--video", "empty.mp4", "--keep", "0"], ["empty.mp4", "empty"]),
     "text as a video": (["--video", "text.mp4", "--keep", "0"], ["text.mp4"]),
     "folder without pictures": (["--video", "holiday", "--keep", "0"], ["holiday", "without PNG"]),
@@ -206,7 +225,7 @@ def test_unknown_command() -> None:
     assert is_answered(run("generat"), ["'generat'", "'generate'"])
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:7"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:7", "mps", "meta"])
 def test_unknown_device_is_refused_before_weights_are_read(here: Path, device: str) -> None:
     """The model's files are empty here: reading one would give another message."""
     assert is_answered(run(*GENERATE, "--device", device), [device])
@@ -293,6 +312,21 @@ def test_interrupted_or_out_of_space_while_writing(
         assert is_answered(result, ["no space left on device", "--out"])
     assert files(here) == before
     assert not list(here.glob(".pusa-fast*"))
+
+
+def test_what_fails_after_the_clip_is_encoded_replaces_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clip, sheet and record change together or not at all."""
+    stub(monkeypatch, lambda number: None)
+    assert run(*GENERATE).exit_code == 0
+    before = files(here)
+    from pusa_fast.commands import record
+
+    def full(made: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(record, "text", full)
+    assert is_answered(run(*GENERATE, "--seed", "5", "--overwrite"), ["no space"])
+    assert files(here) == before
 
 
 def test_interrupted_between_seeds_keeps_what_is_made(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
