@@ -110,6 +110,12 @@ def test_exact_compat_rounds(pipe: Pipeline) -> None:
     assert torch.equal(frames, ((video + 1) * 127.5).round().to(torch.uint8))
 
 
+def test_compat_reaches_the_schedule(pipe: Pipeline) -> None:
+    """Three steps with shift 3 pass through timestep 857.14, which the reference truncates."""
+    exact, reference = (pipe("a red circle", steps=3, compat=c, output="latents") for c in ("exact", "reference"))
+    assert not torch.equal(exact, reference)
+
+
 def test_embeds_are_used_as_given(pipe: Pipeline) -> None:
     assert pipe.text_encoder is not None
     rows = pipe.text_encoder.encode(["a red circle", "blue"])

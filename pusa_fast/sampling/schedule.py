@@ -83,7 +83,7 @@ def lift(global_sigmas: Tensor, multipliers: Sequence[float], compat: str = "ref
 
 
 def check_steps(steps: object) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= steps <= MAX_STEPS:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= int(steps) <= MAX_STEPS:
         raise ValueError(f"steps must be a whole number from 1 to {MAX_STEPS}; got {steps!r}")
     return int(steps)
 
