@@ -23,6 +23,29 @@ def _split_frames(x_BLD: Tensor, frames: int) -> Tensor:
     return torch.unflatten(x_BLD, 1, (frames, x_BLD.shape[1] // frames))
 
 
+def _rows(frame: Tensor | None, base: Tensor | None, acc: torch.dtype) -> Tensor | None:
+    """Rows [B, F, D] (or [1, 1, D] where only the base is given) of a modulation: frame table + block table."""
+    parts = [t.to(acc) for t in (frame, None if base is None else base[None, None]) if t is not None]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None = None, gate_base: Tensor | None = None) -> Tensor:
+    """x + (gate[f] + gate_base) * y, or x + y without either. x, y [B, L, D]; gate [B, F, D]; gate_base [D]; x's dtype."""
+    return _residual(x, y, gate, gate_base).to(x.dtype)
+
+
+def _residual(x: Tensor, y: Tensor | None, gate: Tensor | None, gate_base: Tensor | None) -> Tensor:
+    acc = _accumulator(x.dtype)
+    rows = _rows(gate, gate_base, acc)
+    if y is None:
+        return x.to(acc)
+    if rows is None:
+        return x.to(acc) + y.to(acc)
+    frames = rows.shape[1]
+    x_BFTD, y_BFTD = (_split_frames(t.to(acc), frames) for t in (x, y))
+    return torch.addcmul(x_BFTD, y_BFTD, rows.unsqueeze(2)).flatten(1, 2)
+
+
 def residual_norm(
     x: Tensor,
     y: Tensor | None = None,
@@ -33,24 +56,23 @@ def residual_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    gate_base: Tensor | None = None,
+    scale_base: Tensor | None = None,
+    shift_base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """r = x + gate[f] * y ; n = LN(r) * (1 + scale[f]) + shift[f], or LN(r) * weight + bias. Returns (r, n) in x's dtype.
 
-    x, y [B, L, D]; gate, scale, shift [B, F, D]; weight, bias [D]. Without y, r is x itself; without gate it is x + y.
-    The norm reads r before it is rounded to x's dtype.
+    x, y [B, L, D]; gate, scale, shift [B, F, D], each with an optional base [D] that is added to every row; weight, bias
+    [D]. Without y, r is x itself; without gate it is x + y. The norm reads r before it is rounded to x's dtype.
     """
     acc = _accumulator(x.dtype)
-    r = x.to(acc)
-    if y is not None and gate is not None:
-        r_BFTD, y_BFTD = (_split_frames(t, gate.shape[1]) for t in (r, y.to(acc)))
-        r = torch.addcmul(r_BFTD, y_BFTD, gate.to(acc).unsqueeze(2)).flatten(1, 2)
-    elif y is not None:
-        r = r + y.to(acc)
+    r = _residual(x, y, gate, gate_base)
     weight, bias = (None if t is None else t.to(acc) for t in (weight, bias))
     n = nnf.layer_norm(r, r.shape[-1:], weight, bias, eps)
-    if scale is not None and shift is not None:
-        n_BFTD = _split_frames(n, scale.shape[1])
-        n = torch.addcmul(shift.to(acc).unsqueeze(2), n_BFTD, 1 + scale.to(acc).unsqueeze(2)).flatten(1, 2)
+    scale_rows, shift_rows = _rows(scale, scale_base, acc), _rows(shift, shift_base, acc)
+    if scale_rows is not None and shift_rows is not None:
+        n_BFTD = _split_frames(n, max(scale_rows.shape[1], shift_rows.shape[1]))
+        n = torch.addcmul(shift_rows.unsqueeze(2), n_BFTD, 1 + scale_rows.unsqueeze(2)).flatten(1, 2)
     return (x if y is None else r.to(x.dtype)), n.to(x.dtype)
 
 
@@ -82,11 +104,12 @@ def qk_rope(
     sin: Tensor,
     grid: tuple[int, int, int],
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm of q and of k over the full width H*K, then 3-D rotary embedding of adjacent pairs (2j, 2j+1).
 
     qkv [B, L, 3, H, K]; weight_q, weight_k [H*K]; cos, sin [P, K/2] with P >= max(grid); grid (F, h, w), L = F*h*w.
-    Returns (q, k), each [B, L, H, K] in qkv's dtype; v is the view qkv[:, :, 2].
+    Returns (q, k, v), each [B, L, H, K] in qkv's dtype. v is a view of qkv; with `inplace`, q and k are too.
     """
     acc = _accumulator(qkv.dtype)
     cos_L1K, sin_L1K = (_token_table(table.to(acc), grid) for table in (cos, sin))
@@ -97,7 +120,10 @@ def qk_rope(
         out = torch.stack((re * cos_L1K - im * sin_L1K, re * sin_L1K + im * cos_L1K), dim=-1)
         return out.flatten(-2).to(qkv.dtype)
 
-    return rotate(qkv[:, :, 0], weight_q), rotate(qkv[:, :, 1], weight_k)
+    # One unbind, whose backward writes the packed gradient once; three indexings would each fill and add one.
+    q, k, v = qkv.unbind(2)
+    q_out, k_out = rotate(q, weight_q), rotate(k, weight_k)
+    return (q.copy_(q_out), k.copy_(k_out), v) if inplace else (q_out, k_out, v)
 
 
 def guided_euler_step(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: float, dsigma: Tensor) -> Tensor:
@@ -112,3 +138,27 @@ def guided_euler_step(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: floa
         velocity = v_neg.to(acc) + guidance * (velocity - v_neg.to(acc))
     dsigma_F11 = dsigma.to(acc)[:, None, None]
     return torch.where(dsigma_F11 == 0, x, (x.to(acc) + velocity * dsigma_F11).to(x.dtype))
+
+
+def gelu(x: Tensor, inplace: bool = False) -> Tensor:
+    """GELU in its tanh form, x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2, in x's dtype."""
+    out = nnf.gelu(x, approximate="tanh")
+    return x.copy_(out) if inplace else out
+
+
+E4M3_MAX = 448.0
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as e4m3 with one scale each: (q float8_e4m3fn [..., D], scale float32 [..., 1]), x ~ q * scale.
+
+    scale = max(amax, 1e-12) / 448, q = x / scale clamped to +-448 and rounded to nearest even. Not differentiable.
+    """
+    x = x.to(torch.float32)
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / E4M3_MAX
+    return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of the tanh GELU of x, which is not rounded in between."""
+    return quantize_rows(nnf.gelu(x.to(torch.float32), approximate="tanh"))

@@ -1,0 +1,55 @@
+"""How many rows a program of a row kernel takes, how wide its tile is and how many warps share it: closed forms, no autotuning.
+
+These kernels wait for memory, so what matters is bytes in flight and no spilled registers, not the shape's exact best.
+Narrow rows share a program, so that none is tiny; 16 elements a thread keep several float32 tiles in registers.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+MAX_WIDTH = 16_384
+
+_PER_THREAD = 16  # elements
+_MIN_TILE = 2_048
+_INTERPRETER_TILE = 1 << 16
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """`rows` x `block` elements a program, `warps` warps, `programs` of them."""
+
+    rows: int
+    block: int
+    warps: int
+    programs: int
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def power_of_2(n: int) -> int:
+    """The next one, n included. Triton's own takes microseconds, of a launch's ten."""
+    return 1 << (n - 1).bit_length()
+
+
+def row_launch(rows: int, width: int, per_thread: int = _PER_THREAD) -> RowLaunch:
+    """A launch that covers `rows` rows of `width` elements, each row within one program. Raises ValueError: too wide.
+
+    A thread has at most `per_thread` elements of a row that is alone in its program, unless that takes over 16 warps.
+    """
+    if width > MAX_WIDTH:
+        raise ValueError(
+            f"row kernels take rows of at most {MAX_WIDTH} elements, got {width}: use the reference backend"
+        )
+    block = max(16, power_of_2(width))
+    # The interpreter pays per program, not per element.
+    tile = _INTERPRETER_TILE if interpreted() else _MIN_TILE
+    per_program = max(1, min(tile // block, power_of_2(max(rows, 1))))
+    if per_program == 1:
+        warps = power_of_2(-(-width // (32 * per_thread)))  # ptxas drops what threads would do beyond the width
+    else:
+        warps = per_program * block // (32 * _PER_THREAD)
+    return RowLaunch(per_program, block, max(1, min(warps, 16)), -(-rows // per_program))

@@ -1,0 +1,29 @@
+"""Every Triton launcher by the name that `pusa_fast.ops.library` calls; the native module has the same names."""
+
+from pusa_fast.kernels.fp8 import check_fp8_device, gelu_quantize_rows, quantize_rows
+from pusa_fast.kernels.norm import rms_norm_backward, rms_norm_forward
+from pusa_fast.kernels.qk_rope import qk_rope_backward, qk_rope_forward
+from pusa_fast.kernels.residual_norm import (
+    gated_residual_backward,
+    gated_residual_forward,
+    residual_norm_backward,
+    residual_norm_forward,
+    residual_norm_fp8_forward,
+)
+from pusa_fast.kernels.step import guided_euler_step
+
+__all__ = [
+    "check_fp8_device",
+    "gated_residual_backward",
+    "gated_residual_forward",
+    "gelu_quantize_rows",
+    "guided_euler_step",
+    "qk_rope_backward",
+    "qk_rope_forward",
+    "quantize_rows",
+    "residual_norm_backward",
+    "residual_norm_forward",
+    "residual_norm_fp8_forward",
+    "rms_norm_backward",
+    "rms_norm_forward",
+]
