@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu_features.hpp"
+#ifdef PUSA_ROW_OPS
+#include "row_bindings.hpp"
+#endif
 
 namespace py = pybind11;
 
@@ -29,4 +32,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.attr("__version__") = PUSA_VERSION;
   m.def("cpu_features", &cpu_features, "Instruction sets usable here, by name: processor and operating system both agree.");
   m.def("cuda_built", &cuda_built, "Whether this build holds CUDA code. Says nothing about a device being present.");
+#ifdef PUSA_ROW_OPS
+  pusa::bind_row_ops(m);
+#endif
 }

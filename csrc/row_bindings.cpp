@@ -1,0 +1,238 @@
+// The row kernels as functions of pusa_fast._native: checks every tensor against every other, so that no argument can make
+// a kernel read or write outside its memory, then runs without the GIL.
+//
+// Tensors are DLPack capsules or objects with __dlpack__; None where one may be absent. Outputs are made by the caller.
+#include "row_bindings.hpp"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "row_arguments.hpp"
+
+namespace py = pybind11;
+
+namespace pusa {
+namespace {
+
+template <class... Args>
+void release_and_run(Args&&... args) {
+  const py::gil_scoped_release unlocked;
+  run(std::forward<Args>(args)...);
+}
+
+void residual_norm_forward(py::handle x_, py::handle y_, py::handle gate_, py::handle gate_base, py::handle scale_,
+                           py::handle scale_base, py::handle shift_, py::handle shift_base, py::handle weight_,
+                           py::handle bias_, py::handle r_, py::handle n_, py::handle mean_, py::handle rstd_, float eps,
+                           int threads) {
+  const TensorView x("x", x_), n("n", n_), mean("mean", mean_), rstd("rstd", rstd_);
+  const Optional y = optional("y", y_), r = optional("r", r_), weight = optional("weight", weight_);
+  const Optional bias = optional("bias", bias_);
+  const FrameTable gate("gate", gate_, "gate_base", gate_base), scale("scale", scale_, "scale_base", scale_base);
+  const FrameTable shift("shift", shift_, "shift_base", shift_base);
+  require_together(y.has_value() == r.has_value() && (y || !gate), "r comes with y, and gate needs both");
+  require_together(bool(scale) == bool(shift) && weight.has_value() == bias.has_value() && !(scale && weight),
+                   "give scale and shift, or weight and bias, or neither pair");
+  const Size size = size_of(x);
+  const Type type = type_of(x);
+  ResidualNormForward args{};
+  args.size = size;
+  args.x = input(x, size);
+  args.y = input(y, size);
+  if (r) args.r = output(*r, size, type);
+  args.n = output(n, size, type);
+  args.gate = gate.table(size);
+  args.affine = weight.has_value();
+  args.scale = weight ? vector(*weight, size.width) : scale.table(size);
+  args.shift = bias ? vector(*bias, size.width) : shift.table(size);
+  args.mean = floats(mean, {size.batch, size.tokens});
+  args.rstd = floats(rstd, {size.batch, size.tokens});
+  args.eps = eps;
+  release_and_run(args, checked_threads(threads));
+}
+
+void residual_norm_backward(py::handle dr_, py::handle dn_, py::handle r_, py::handle y_, py::handle gate_,
+                            py::handle gate_base, py::handle scale_, py::handle scale_base, py::handle weight_,
+                            py::handle mean_, py::handle rstd_, py::handle dx_, py::handle dy_, py::handle dgate_,
+                            py::handle dscale_, py::handle dshift_, py::handle dweight_, py::handle dbias_, int threads) {
+  const TensorView dn("dn", dn_), r("r", r_), mean("mean", mean_), rstd("rstd", rstd_), dx("dx", dx_);
+  const Optional dr = optional("dr", dr_), y = optional("y", y_), weight = optional("weight", weight_);
+  const FrameTable gate("gate", gate_, "gate_base", gate_base), scale("scale", scale_, "scale_base", scale_base);
+  const Optional dy = optional("dy", dy_), dgate = optional("dgate", dgate_), dscale = optional("dscale", dscale_);
+  const Optional dshift = optional("dshift", dshift_), dweight = optional("dweight", dweight_);
+  const Optional dbias = optional("dbias", dbias_);
+  require_together(bool(gate) == dy.has_value(), "dy comes with gate");
+  require_together(!dgate || (gate && y), "dgate needs gate and y");
+  require_together(!(scale && weight), "give scale or weight, not both");
+  require_together(dscale.has_value() == dshift.has_value() && (!dscale || scale),
+                   "dscale and dshift need scale, and each other");
+  require_together(dweight.has_value() == dbias.has_value() && (!dweight || weight),
+                   "dweight and dbias need weight, and each other");
+  const Size size = size_of(r);
+  const Type type = type_of(r);
+  ResidualNormBackward args{};
+  args.size = size;
+  args.r = input(r, size);
+  args.dn = input(dn, size, type);
+  args.dr = input(dr, size, type);
+  args.y = input(y, size);
+  if (!y) args.y.type = type;
+  args.dx = output(dx, size, type);
+  if (dy) args.dy = output(*dy, size, args.y.type);
+  args.gate = gate.table(size);
+  args.affine = weight.has_value();
+  args.scale = weight ? vector(*weight, size.width) : scale.table(size);
+  args.mean = floats(mean, {size.batch, size.tokens});
+  args.rstd = floats(rstd, {size.batch, size.tokens});
+  require_together(gate.frames() == scale.frames() || gate.frames() == 1 || scale.frames() == 1,
+                   "gate and scale must have the same number of frames, or one of them a base row alone");
+  release_and_run(args, frame_sums(dgate, gate.frames(), size),
+                  weight ? all_sums(dweight, size.width) : frame_sums(dscale, scale.frames(), size),
+                  weight ? all_sums(dbias, size.width) : frame_sums(dshift, scale.frames(), size),
+                  size.batch * std::max(gate.frames(), scale.frames()), checked_threads(threads));
+}
+
+void gated_residual_forward(py::handle x_, py::handle y_, py::handle gate_, py::handle gate_base, py::handle r_,
+                            int threads) {
+  const TensorView x("x", x_), y("y", y_), r("r", r_);
+  const FrameTable gate("gate", gate_, "gate_base", gate_base);
+  const Size size = size_of(x);
+  const Rows out = output(r, size, type_of(x));
+  release_and_run(GatedResidualForward{size, input(x, size), input(y, size), out, gate.table(size)}, checked_threads(threads));
+}
+
+void gated_residual_backward(py::handle dr_, py::handle y_, py::handle gate_, py::handle gate_base, py::handle dy_,
+                             py::handle dgate_, int threads) {
+  const TensorView dr("dr", dr_), dy("dy", dy_);
+  const Optional y = optional("y", y_), dgate = optional("dgate", dgate_);
+  const FrameTable gate("gate", gate_, "gate_base", gate_base);
+  require_together(gate && (!dgate || y), "gate is needed, and y for dgate");
+  const Size size = size_of(dr);
+  GatedResidualBackward args{size, input(dr, size), input(y, size), {}, gate.table(size), nullptr};
+  if (!y) args.y.type = args.dr.type;
+  args.dy = output(dy, size, args.y.type);
+  release_and_run(args, frame_sums(dgate, gate.frames(), size), checked_threads(threads));
+}
+
+void rms_norm_forward(py::handle x_, py::handle weight_, py::handle n_, py::handle rstd_, float eps, int threads) {
+  const TensorView x("x", x_), weight("weight", weight_), n("n", n_), rstd("rstd", rstd_);
+  const Size size = size_of(x);
+  release_and_run(RmsNormForward{size, input(x, size), output(n, size, type_of(x)), vector(weight, size.width),
+                                 floats(rstd, {size.batch, size.tokens}), eps},
+                  checked_threads(threads));
+}
+
+void rms_norm_backward(py::handle dn_, py::handle x_, py::handle weight_, py::handle rstd_, py::handle dx_,
+                       py::handle dweight_, int threads) {
+  const TensorView dn("dn", dn_), x("x", x_), weight("weight", weight_), rstd("rstd", rstd_), dx("dx", dx_);
+  const Optional dweight = optional("dweight", dweight_);
+  const Size size = size_of(x);
+  const Type type = type_of(x);
+  release_and_run(RmsNormBackward{size, input(dn, size, type), input(x, size), output(dx, size, type),
+                                  vector(weight, size.width), floats(rstd, {size.batch, size.tokens}), nullptr},
+                  all_sums(dweight, size.width), checked_threads(threads));
+}
+
+void qk_rope_forward(py::handle q_, py::handle k_, py::handle weight_q_, py::handle weight_k_, py::handle cos_,
+                     py::handle sin_, py::handle q_out_, py::handle k_out_, py::handle rstd_q_, py::handle rstd_k_,
+                     std::int64_t frames, std::int64_t height, std::int64_t width, float eps, int threads) {
+  const TensorView q("q", q_), k("k", k_), weight_q("weight_q", weight_q_), weight_k("weight_k", weight_k_);
+  const TensorView cos("cos", cos_), sin("sin", sin_), q_out("q_out", q_out_), k_out("k_out", k_out_);
+  const TensorView rstd_q("rstd_q", rstd_q_), rstd_k("rstd_k", rstd_k_);
+  const Size size = size_of_heads(q);
+  const Type type = type_of(q);
+  const QkRopeForward args{size,
+                           rope(cos, sin, frames, height, width, q),
+                           {heads(q, q, type), heads(k, q, type)},
+                           {heads(q_out, q, type), heads(k_out, q, type)},
+                           {vector(weight_q, size.width), vector(weight_k, size.width)},
+                           {floats(rstd_q, {size.batch, size.tokens}), floats(rstd_k, {size.batch, size.tokens})},
+                           eps};
+  if (size.width > 0) release_and_run(args, checked_threads(threads));
+}
+
+void qk_rope_backward(py::handle dq_, py::handle dk_, py::handle q_, py::handle k_, py::handle weight_q_,
+                      py::handle weight_k_, py::handle cos_, py::handle sin_, py::handle rstd_q_, py::handle rstd_k_,
+                      py::handle dq_in_, py::handle dk_in_, py::handle dweight_q_, py::handle dweight_k_,
+                      std::int64_t frames, std::int64_t height, std::int64_t width, int threads) {
+  const TensorView dq("dq", dq_), dk("dk", dk_), q("q", q_), k("k", k_);
+  const TensorView weight_q("weight_q", weight_q_), weight_k("weight_k", weight_k_), cos("cos", cos_), sin("sin", sin_);
+  const TensorView rstd_q("rstd_q", rstd_q_), rstd_k("rstd_k", rstd_k_), dq_in("dq_in", dq_in_), dk_in("dk_in", dk_in_);
+  const Optional dweight_q = optional("dweight_q", dweight_q_), dweight_k = optional("dweight_k", dweight_k_);
+  require_together(dweight_q.has_value() == dweight_k.has_value(), "dweight_q and dweight_k go together");
+  const Size size = size_of_heads(q);
+  const Type type = type_of(q);
+  const QkRopeBackward args{size,
+                            rope(cos, sin, frames, height, width, q),
+                            {heads(dq, q, type), heads(dk, q, type)},
+                            {heads(q, q, type), heads(k, q, type)},
+                            {heads(dq_in, q, type), heads(dk_in, q, type)},
+                            {vector(weight_q, size.width), vector(weight_k, size.width)},
+                            {floats(rstd_q, {size.batch, size.tokens}), floats(rstd_k, {size.batch, size.tokens})},
+                            {nullptr, nullptr}};
+  const RowSums sums_q = all_sums(dweight_q, size.width), sums_k = all_sums(dweight_k, size.width);
+  if (size.width > 0) release_and_run(args, sums_q, sums_k, checked_threads(threads));
+}
+
+void guided_euler_step(py::handle x_, py::handle v_, py::handle v_neg_, py::handle dsigma_, py::handle out_,
+                       float guidance, int threads) {
+  const TensorView x("x", x_), v("v", v_), dsigma("dsigma", dsigma_), out("out", out_);
+  const Optional v_neg = optional("v_neg", v_neg_);
+  x.require_rank(5);
+  const auto pointer = [&](const TensorView& t, Type type) {
+    t.require_shape({x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)});
+    t.require_contiguous();
+    require_type(t, type);
+    return t.data();
+  };
+  const Type type = type_of(x), v_type = type_of(v);
+  const std::int64_t frames = x.size(2);
+  const GuidedEulerStep args{x.size(0) * x.size(1) * frames,
+                             frames,
+                             x.size(3) * x.size(4),
+                             pointer(x, type),
+                             pointer(v, v_type),
+                             v_neg ? pointer(*v_neg, v_type) : nullptr,
+                             pointer(out, type),
+                             type,
+                             v_type,
+                             floats(dsigma, {frames}),
+                             guidance};
+  if (args.pixels > 0) release_and_run(args, checked_threads(threads));
+}
+
+void gelu(py::handle x_, int threads) {
+  const TensorView x("x", x_);
+  x.require_contiguous();
+  release_and_run(Gelu{x.data(), type_of(x)}, x.numel(), checked_threads(threads));
+}
+
+py::list isas() {
+  py::list names;
+  for (int i = 0; i < kIsas; ++i) {
+    const char* name = nullptr;
+    if (isa_usable(i, &name)) names.append(name);
+  }
+  return names;
+}
+
+}  // namespace
+
+void bind_row_ops(py::module_& m) {
+  m.def("residual_norm_forward", &residual_norm_forward);
+  m.def("residual_norm_backward", &residual_norm_backward);
+  m.def("gated_residual_forward", &gated_residual_forward);
+  m.def("gated_residual_backward", &gated_residual_backward);
+  m.def("rms_norm_forward", &rms_norm_forward);
+  m.def("rms_norm_backward", &rms_norm_backward);
+  m.def("qk_rope_forward", &qk_rope_forward);
+  m.def("qk_rope_backward", &qk_rope_backward);
+  m.def("guided_euler_step", &guided_euler_step);
+  m.def("gelu_", &gelu);
+  m.def("isas", &isas, "Instruction sets that the row kernels can use here, narrowest first.");
+  m.def("isa", &isa, "The one in use: PUSA_NATIVE_ISA, else the widest. ValueError: PUSA_NATIVE_ISA names none of isas().");
+  m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"),
+        "Use this one from now on, in the whole process; for tests and measurements. ValueError: not one of isas().");
+}
+
+}  // namespace pusa

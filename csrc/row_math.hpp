@@ -1,0 +1,234 @@
+// Vectors of float32 in GNU C++'s vector extension (GCC, Clang), as wide as the instruction set of the file that includes
+// this: sources here are compiled once per instruction set, in namespace PUSA_ISA.
+//
+// Everything has internal linkage, and no std:: function is used: an inline function compiled for AVX-512 must not be the
+// copy that the linker keeps for the whole module.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "row_ops.hpp"
+
+#ifndef PUSA_ISA
+#error "define PUSA_ISA: base, avx2 or avx512"
+#endif
+
+#define PUSA_INLINE inline __attribute__((always_inline))
+#define PUSA_LAMBDA __attribute__((always_inline))
+
+namespace pusa {
+namespace PUSA_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#define PUSA_SWAPPED 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#define PUSA_SWAPPED 1, 0, 3, 2, 5, 4, 7, 6
+#else
+constexpr int W = 4;
+#define PUSA_SWAPPED 1, 0, 3, 2
+#endif
+
+using bf16 = uint16_t;
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+
+// How many lanes of a step count: all, or the first `lanes` at the end of a row.
+struct All {};
+struct First {
+  int lanes;
+};
+
+PUSA_INLINE Vec broadcast(float value) { return value - Vec{}; }
+
+PUSA_INLINE Vec load(const float* p, All) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+PUSA_INLINE Vec load(const bf16* p, All) {
+  Halves h;
+  __builtin_memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+  const Bits bits = (Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);  // unmasked, GCC warns in its own header
+#elif defined(__AVX2__)
+  const Bits bits = (Bits)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  const Bits bits = __builtin_convertvector(h, Bits);
+#endif
+  return (Vec)(bits << 16);
+}
+
+PUSA_INLINE void store(float* p, Vec v, All) { __builtin_memcpy(p, &v, sizeof v); }
+
+// To nearest even. A NaN keeps its upper half, which leaves it one: out of arithmetic, as v is, it is quiet.
+PUSA_INLINE void store(bf16* p, Vec v, All) {
+  const Bits bits = (Bits)v;
+  const Bits rounded = v == v ? bits + (0x7fffu + ((bits >> 16) & 1u)) : bits;
+#if defined(__AVX512F__)
+  const __m256i halves = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)(rounded >> 16));
+#else
+  const Halves halves = __builtin_convertvector(rounded >> 16, Halves);
+#endif
+  __builtin_memcpy(p, &halves, sizeof halves);
+}
+
+template <class T>
+PUSA_INLINE Vec load(const T* p, First some) {  // zeros after the end
+  T row[W] = {};
+  for (int i = 0; i < some.lanes; ++i) row[i] = p[i];
+  return load(row, All{});
+}
+
+template <class T>
+PUSA_INLINE void store(T* p, Vec v, First some) {
+  T row[W];
+  store(row, v, All{});
+  for (int i = 0; i < some.lanes; ++i) p[i] = row[i];
+}
+
+PUSA_INLINE Vec keep(Vec v, All) { return v; }
+
+PUSA_INLINE Vec keep(Vec v, First some) {
+  for (int i = 0; i < W; ++i) v[i] = i < some.lanes ? v[i] : 0.0f;
+  return v;
+}
+
+PUSA_INLINE Vec swap_pairs(Vec v) {  // (0, 1, 2, 3, ..) -> (1, 0, 3, 2, ..)
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, PUSA_SWAPPED);
+#else
+  return __builtin_shuffle(v, Ints{PUSA_SWAPPED});
+#endif
+}
+
+PUSA_INLINE float sum(Vec v) {
+  float lane[W];
+  __builtin_memcpy(lane, &v, sizeof v);
+  for (int half = W / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
+// A sum over a row in four independent chains, so that additions do not wait for each other.
+struct Sum {
+  Vec chain[4] = {};
+  PUSA_INLINE float total() const { return sum((chain[0] + chain[1]) + (chain[2] + chain[3])); }
+};
+
+// body(i, lanes, chain) for i = 0, W, 2 W, ..; `lanes` is All, and First at the end of a width that is no multiple of W.
+template <class Body>
+PUSA_INLINE void each(int64_t width, Body body) {
+  int64_t i = 0;
+  for (; i + 4 * W <= width; i += 4 * W) {
+    body(i, All{}, 0);
+    body(i + W, All{}, 1);
+    body(i + 2 * W, All{}, 2);
+    body(i + 3 * W, All{}, 3);
+  }
+  for (; i + W <= width; i += W) body(i, All{}, 0);
+  if (i < width) body(i, First{static_cast<int>(width - i)}, 1);
+}
+
+PUSA_INLINE float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
+
+// 2^t for t in [-126, 126]: within 1 ulp. The polynomial is the minimax one of relative error on [-1/2, 1/2] (1.9e-9).
+PUSA_INLINE Vec exp2_bounded(Vec t) {
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: the addition rounds t to an integer in the low bits
+  const Vec shifted = t + magic;
+  const Vec f = t - (shifted - magic);
+  Vec p = broadcast(1.53458121613e-4f);
+  p = p * f + 1.33999311772e-3f;
+  p = p * f + 9.61848895633e-3f;
+  p = p * f + 5.55032877711e-2f;
+  p = p * f + 2.40226468906e-1f;
+  p = p * f + 6.93147205737e-1f;
+  p = p * f + 1.00000000055f;
+  return (Vec)((Bits)p + (((Bits)shifted - (Bits)magic) << 23));
+}
+
+template <class T>
+PUSA_INLINE T* row(const Rows& rows, int64_t batch, int64_t token) {
+  return static_cast<T*>(rows.data) + batch * rows.batch + token * rows.token;
+}
+
+PUSA_INLINE void clear(float* partial, int64_t width) {
+  if (partial) __builtin_memset(partial, 0, static_cast<size_t>(width) * sizeof(float));
+}
+
+// call(T{}) with the storage type of `type`.
+template <class Call>
+PUSA_INLINE void with_type(Type type, Call call) {
+  if (type == Type::float32) {
+    call(float{});
+  } else {
+    call(bf16{});
+  }
+}
+
+// A table's rows in float32, one at a time: the row itself where it is stored so, else made in `room` (D floats) when the
+// frame changes.
+class FrameRow {
+ public:
+  FrameRow(const Table& table, int64_t width, float* room) : table_(table), width_(width), room_(room) {}
+
+  PUSA_INLINE const float* at(int64_t batch, int64_t token) {  // null: no table
+    const int64_t frame = table_.frame ? token / table_.tokens : 0;
+    if (batch != batch_ || frame != frame_) move_to(batch, frame);
+    return row_;
+  }
+
+ private:
+  void move_to(int64_t batch, int64_t frame) {
+    if (!table_.frame && batch_ >= 0) return;
+    batch_ = batch;
+    frame_ = frame;
+    if (!table_.frame && !table_.base) return;
+    const int64_t offset = batch * table_.batch + frame * table_.step;
+    const void* first = table_.frame ? table_.frame : table_.base;
+    const Type first_type = table_.frame ? table_.frame_type : table_.base_type;
+    const bool both = table_.frame && table_.base;
+    if (first_type == Type::float32 && !both) {
+      row_ = static_cast<const float*>(first) + offset;
+      return;
+    }
+    with_type(first_type, [&](auto type) {
+      const auto* source = static_cast<const decltype(type)*>(first) + offset;
+      each(width_, [&](int64_t i, auto lanes, int) PUSA_LAMBDA { store(room_ + i, load(source + i, lanes), lanes); });
+    });
+    if (both) {
+      with_type(table_.base_type, [&](auto type) {
+        const auto* base = static_cast<const decltype(type)*>(table_.base);
+        each(width_, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
+          store(room_ + i, load(room_ + i, lanes) + load(base + i, lanes), lanes);
+        });
+      });
+    }
+    row_ = room_;
+  }
+
+  Table table_;
+  int64_t width_;
+  float* room_;
+  const float* row_ = nullptr;
+  int64_t batch_ = -1, frame_ = -1;
+};
+
+// Row `index` of the scratch memory.
+PUSA_INLINE float* scratch_row(float* scratch, int64_t width, int index) { return scratch + index * (width + 64); }
+
+}  // namespace
+}  // namespace PUSA_ISA
+}  // namespace pusa

@@ -1,0 +1,193 @@
+// CPU versions of the transformer's row kernels: the formulas of kernels/reference.py in one pass over memory.
+//
+// B batch, L tokens, D width, F frames. A token's row is contiguous; "row" counts tokens over the batch, 0 .. B * L. All
+// arithmetic is float32; bf16 is read exactly and rounded to nearest even once, at the store. Every result is the same for
+// any number of threads: rows do not depend on each other, and sums over rows are taken over blocks of rows whose bounds
+// depend on the shapes alone, then over the blocks in order.
+#pragma once
+
+#include <cstdint>
+
+namespace pusa {
+
+enum class Type { float32, bfloat16 };
+
+// Tokens of width D at `data + b * batch + n * token`, strides in elements. data null: absent.
+struct Rows {
+  void* data;
+  Type type;
+  std::int64_t batch, token;
+};
+
+// A row per frame: `frame` [B, F, D] at frame + b * batch + f * step (token n is of frame n / tokens), plus the row `base`
+// [D]. Either may be absent (null), and both: no table.
+struct Table {
+  const void* frame;
+  const void* base;
+  Type frame_type, base_type;
+  std::int64_t batch, step, tokens;
+};
+
+struct Size {
+  std::int64_t batch, tokens, width;
+};
+
+// r = x + gate * y ; n = LN(r) * (1 + scale) + shift, or LN(r) * scale + shift where `affine`, or LN(r) without scale.
+struct ResidualNormForward {
+  Size size;
+  Rows x, y, r, n;
+  Table gate, scale, shift;
+  bool affine;
+  float* mean;
+  float* rstd;
+  float eps;
+};
+
+// The partials of backward passes: each block of rows writes its sums to a row of its own. null: unwanted.
+struct ResidualNormBackward {
+  Size size;
+  Rows dr, dn, r, y, dx, dy;
+  Table gate, scale;
+  bool affine;
+  const float* mean;
+  const float* rstd;
+  float* gate_partial;   // [blocks, D]: sums of dx * y
+  float* scale_partial;  // [blocks, D]: sums of dn * xhat
+  float* shift_partial;  // [blocks, D]: sums of dn
+};
+
+struct GatedResidualForward {  // r = x + gate * y
+  Size size;
+  Rows x, y, r;
+  Table gate;
+};
+
+struct GatedResidualBackward {  // dy = gate * dr
+  Size size;
+  Rows dr, y, dy;
+  Table gate;
+  float* gate_partial;  // [blocks, D]: sums of dr * y
+};
+
+struct RmsNormForward {
+  Size size;
+  Rows x, n;
+  Table weight;
+  float* rstd;
+  float eps;
+};
+
+struct RmsNormBackward {
+  Size size;
+  Rows dn, x, dx;
+  Table weight;
+  const float* rstd;
+  float* weight_partial;  // [blocks, D]: sums of dn * x * rstd
+};
+
+// Columns of a head turned by frame, row and column are split as rope_split of kernels/reference.py says.
+struct Rope {
+  const float* cos;  // [P, head / 2]
+  const float* sin;
+  std::int64_t head, frames, height, width;
+};
+
+// Index 0 is q, 1 is k.
+struct QkRopeForward {
+  Size size;
+  Rope rope;
+  Rows in[2], out[2];  // may be the same memory
+  Table weight[2];
+  float* rstd[2];
+  float eps;
+};
+
+struct QkRopeBackward {
+  Size size;
+  Rope rope;
+  Rows dout[2], in[2], din[2];
+  Table weight[2];
+  const float* rstd[2];
+  float* weight_partial[2];  // [blocks, D] each
+};
+
+// x, v, v_neg, out contiguous [B * C, F, pixels]; dsigma [F].
+struct GuidedEulerStep {
+  std::int64_t planes, frames, pixels;
+  const void* x;
+  const void* v;
+  const void* v_neg;  // null: no guidance
+  void* out;
+  Type type, v_type;
+  const float* dsigma;
+  float guidance;
+};
+
+struct Gelu {
+  void* x;
+  Type type;
+};
+
+// Where sums over rows go: float32 [groups, D], each the sum over an equal share of the rows. null: unwanted.
+struct RowSums {
+  float* data;
+  std::int64_t groups;
+};
+
+// Entry points: the best kernel for this processor (or the one asked for), on at most `threads` threads. Shapes and memory
+// are trusted; the partials in the arguments are filled in here. Throw std::invalid_argument where PUSA_NATIVE_ISA is wrong.
+void run(const ResidualNormForward& args, int threads);
+// `segments`: equal shares of the rows that no block of them crosses, a multiple of every `groups`. From the tables' shapes
+// alone, so that a sum is the same whatever others are wanted.
+void run(ResidualNormBackward args, RowSums gate, RowSums scale, RowSums shift, std::int64_t segments, int threads);
+void run(const GatedResidualForward& args, int threads);
+void run(GatedResidualBackward args, RowSums gate, int threads);
+void run(const RmsNormForward& args, int threads);
+void run(RmsNormBackward args, RowSums weight, int threads);
+void run(const QkRopeForward& args, int threads);
+void run(QkRopeBackward args, RowSums weight_q, RowSums weight_k, int threads);
+void run(const GuidedEulerStep& args, int threads);
+void run(const Gelu& args, std::int64_t numel, int threads);
+
+// Instruction sets: "base", "avx2" (with FMA), "avx512" (F and BW). The widest usable one serves, or the one named by the
+// environment variable PUSA_NATIVE_ISA. Both throw std::invalid_argument for a name that is unknown or unusable here.
+const char* isa();
+void set_isa(const char* name);
+
+constexpr int kIsas = 3;
+bool isa_usable(int index, const char** name);  // index 0 .. kIsas - 1, narrowest first
+
+// What follows is implemented once per instruction set: row_norm.cpp, row_rope.cpp, row_pointwise.cpp. A kernel works on
+// rows (or planes, or elements) first .. last, and its sums over them go to index `block` of the partials. `scratch` holds
+// kScratchRows rows of D + 64 floats, aligned to 64 bytes.
+struct Span {
+  std::int64_t first, last, block;
+};
+
+constexpr int kScratchRows = 5;
+
+#define PUSA_ROW_KERNELS(DO)                         \
+  DO(residual_norm_forward, ResidualNormForward)     \
+  DO(residual_norm_backward, ResidualNormBackward)   \
+  DO(gated_residual_forward, GatedResidualForward)   \
+  DO(gated_residual_backward, GatedResidualBackward) \
+  DO(rms_norm_forward, RmsNormForward)               \
+  DO(rms_norm_backward, RmsNormBackward)             \
+  DO(qk_rope_forward, QkRopeForward)                 \
+  DO(qk_rope_backward, QkRopeBackward)               \
+  DO(guided_euler_step, GuidedEulerStep)             \
+  DO(gelu, Gelu)
+
+#define PUSA_DECLARE(name, Args) void name(const Args& args, Span span, float* scratch);
+namespace base {
+PUSA_ROW_KERNELS(PUSA_DECLARE)
+}
+namespace avx2 {
+PUSA_ROW_KERNELS(PUSA_DECLARE)
+}
+namespace avx512 {
+PUSA_ROW_KERNELS(PUSA_DECLARE)
+}
+#undef PUSA_DECLARE
+
+}  // namespace pusa

@@ -1,0 +1,114 @@
+// gated_residual, guided_euler_step and GELU. Compiled once per instruction set; see row_math.hpp.
+#include "row_math.hpp"
+
+namespace pusa {
+namespace PUSA_ISA {
+namespace {
+
+template <class T, class Y>
+void gated_forward(const GatedResidualForward& a, Span span, float* scratch) {
+  FrameRow gates(a.gate, a.size.width, scratch);
+  for (int64_t i_row = span.first; i_row < span.last; ++i_row) {
+    const int64_t b = i_row / a.size.tokens, t = i_row % a.size.tokens;
+    const T* x = row<T>(a.x, b, t);
+    const Y* y = row<Y>(a.y, b, t);
+    T* r = row<T>(a.r, b, t);
+    const float* gate = gates.at(b, t);
+    each(a.size.width, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
+      const Vec stream = load(x + i, lanes), update = load(y + i, lanes);
+      store(r + i, gate ? stream + load(gate + i, lanes) * update : stream + update, lanes);
+    });
+  }
+}
+
+template <class T, class Y>
+void gated_backward(const GatedResidualBackward& a, Span span, float* scratch) {
+  const int64_t D = a.size.width;
+  FrameRow gates(a.gate, D, scratch);
+  float* dgate = a.gate_partial ? a.gate_partial + span.block * D : nullptr;
+  clear(dgate, D);
+  for (int64_t i_row = span.first; i_row < span.last; ++i_row) {
+    const int64_t b = i_row / a.size.tokens, t = i_row % a.size.tokens;
+    const T* dr = row<T>(a.dr, b, t);
+    const Y* y = dgate ? row<Y>(a.y, b, t) : nullptr;
+    Y* dy = row<Y>(a.dy, b, t);
+    const float* gate = gates.at(b, t);
+    each(D, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
+      const Vec d = load(dr + i, lanes);
+      if (dgate) store(dgate + i, load(dgate + i, lanes) + d * load(y + i, lanes), lanes);
+      store(dy + i, d * load(gate + i, lanes), lanes);
+    });
+  }
+}
+
+// span counts planes [frames]: plane p is of frame p % frames.
+template <class T, class V>
+void euler_step(const GuidedEulerStep& a, Span span) {
+  for (int64_t plane = span.first; plane < span.last; ++plane) {
+    const T* x = static_cast<const T*>(a.x) + plane * a.pixels;
+    T* out = static_cast<T*>(a.out) + plane * a.pixels;
+    const float dsigma = a.dsigma[plane % a.frames];
+    if (dsigma == 0.0f) {
+      __builtin_memcpy(out, x, static_cast<size_t>(a.pixels) * sizeof(T));
+      continue;
+    }
+    const V* v = static_cast<const V*>(a.v) + plane * a.pixels;
+    const V* v_neg = a.v_neg ? static_cast<const V*>(a.v_neg) + plane * a.pixels : nullptr;
+    each(a.pixels, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
+      Vec velocity = load(v + i, lanes);
+      if (v_neg) {
+        const Vec negative = load(v_neg + i, lanes);
+        velocity = negative + a.guidance * (velocity - negative);
+      }
+      store(out + i, load(x + i, lanes) + velocity * dsigma, lanes);
+    });
+  }
+}
+
+// x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3): x * (1 + tanh(u)) / 2 without its cancellation. As torch's,
+// it is NaN at -inf.
+PUSA_INLINE Vec gelu_tanh(Vec x) {
+  constexpr float kLinear = -2.3022081985f;  // -2 sqrt(2 / pi) log2(e)
+  constexpr float kCubic = -0.10294323960f;  // times 0.044715
+  constexpr float kBound = 126.0f;           // beyond it 1 + 2^t is 1, or x / 2^t less than 1e-36
+  const Vec t = x * (kLinear + kCubic * (x * x));
+  const Vec low = broadcast(-kBound), high = broadcast(kBound);
+  const Vec bounded = t < low ? low : (t > high ? high : t);
+  const Vec power = t > high ? broadcast(__builtin_inff()) : exp2_bounded(bounded);
+  return x / (1.0f + power);
+}
+
+template <class T>
+void gelu_span(const Gelu& a, Span span) {
+  T* x = static_cast<T*>(a.x) + span.first;
+  each(span.last - span.first, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
+    store(x + i, gelu_tanh(load(x + i, lanes)), lanes);
+  });
+}
+
+}  // namespace
+
+void gated_residual_forward(const GatedResidualForward& args, Span span, float* scratch) {
+  with_type(args.x.type, [&](auto x) {
+    with_type(args.y.type, [&](auto y) { gated_forward<decltype(x), decltype(y)>(args, span, scratch); });
+  });
+}
+
+void gated_residual_backward(const GatedResidualBackward& args, Span span, float* scratch) {
+  with_type(args.dr.type, [&](auto x) {
+    with_type(args.y.type, [&](auto y) { gated_backward<decltype(x), decltype(y)>(args, span, scratch); });
+  });
+}
+
+void guided_euler_step(const GuidedEulerStep& args, Span span, float*) {
+  with_type(args.type, [&](auto x) {
+    with_type(args.v_type, [&](auto v) { euler_step<decltype(x), decltype(v)>(args, span); });
+  });
+}
+
+void gelu(const Gelu& args, Span span, float*) {
+  with_type(args.type, [&](auto x) { gelu_span<decltype(x)>(args, span); });
+}
+
+}  // namespace PUSA_ISA
+}  // namespace pusa
