@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from pusa_fast.commands import bench
+
 # What a system error's code lets us advise.
 _MENDS = {
     errno.ENOENT: "check the path",
@@ -96,6 +98,7 @@ def _relief(error: Exception) -> str:
 
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, help="Runs Pusa: video from text, pictures and clips.")
+app.add_typer(bench.app, name="bench")  # parses its own options
 
 
 def _version(wanted: bool) -> None:
@@ -211,6 +214,10 @@ def generate(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Of the transformer (default bfloat16 on a GPU, else float32).", rich_help_panel=_MODEL),
     ] = None,
+    precision: Annotated[
+        Literal["fp8"] | None,
+        typer.Option(help="Lossy: the transformer's products on e4m3 rows; a GPU from Ada or Hopper on.", rich_help_panel=_MODEL),
+    ] = None,
     attention: Annotated[str | None, typer.Option(help="Attention backend, see doctor (default auto).", rich_help_panel=_MODEL)] = None,
     fit: Annotated[
         Literal["crop", "pad", "stretch"] | None,
@@ -244,8 +251,8 @@ def generate(
         image, image_noise, end_image, end_noise, tuple(keyframe or ()), video, keep, keep_noise, extend, overlap, transition, ends
     )
     options = Options(
-        prompt, model, lora, steps, guidance, shift, seed, frames, size, fps, negative, compat, device, dtype, attention, fit, tiling,
-        out, overwrite, from_,
+        prompt, model, lora, steps, guidance, shift, seed, frames, size, fps, negative, compat, device, dtype, precision, attention, fit,
+        tiling, out, overwrite, from_,
     )  # fmt: skip
     run(options, inputs)
 

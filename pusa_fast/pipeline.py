@@ -96,10 +96,11 @@ class Pipeline:
         """Load "nano" or a model directory (layouts: `weights/pretrained.py`).
 
         `lora`: {path: strength}; None: the model's own, {}: none. `device` None: a GPU where there is one. `dtype` None: bfloat16
-        on a GPU, float32 on the CPU. `precision`: see `load_dit`. The VAE runs in `dtype` on a GPU, in float32 on the CPU.
+        on a GPU, float32 on the CPU. `precision`: see `load_dit`; with one, LoRAs are merged for good first. The VAE runs in `dtype` on a GPU, in float32 on the CPU.
         Raises ValueError for a path that is no model and for names that are unknown, before any weights are read.
         """
         from pusa_fast.attention import resolve
+        from pusa_fast.model.fp8 import check_precision, quantize
         from pusa_fast.weights import apply_lora, load_dit, load_vae
 
         files = find_model(model)
@@ -109,16 +110,20 @@ class Pipeline:
                 raise ValueError(f"LoRA {path} does not exist: give the path of a .safetensors or .pt file")
             if not math.isfinite(strength):
                 raise ValueError(f"LoRA {path}: strength must be a number, got {strength!r}")
-        resolve(attention)
         where = _device(device)
-        kind = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+        kind = check_precision(precision, where, dtype) or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+        resolve(attention, where, kind)
 
-        dit = load_dit(files.dit, device=where, dtype=kind, precision=precision)
+        dit = load_dit(files.dit, device=where, dtype=kind)
         dit.attention_backend = attention
         vae = load_vae(files.vae, device=where, dtype=kind if where.type == "cuda" else torch.float32)
         pipe = cls(dit.eval(), vae.eval(), _load_text(files, where, kind), defaults=files.defaults)
         pipe.files, pipe.spec = files, files.spec
-        pipe.loras = {path: apply_lora(dit, path, strength=strength) for path, strength in wanted.items()}
+        pipe.loras = {
+            path: apply_lora(dit, path, strength=strength, keep_base=precision is None) for path, strength in wanted.items()
+        }
+        if precision is not None:
+            quantize(dit)
         return pipe
 
     def __call__(

@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,17 @@ def golden_meta() -> dict[str, Any]:
     """tests/golden/meta.json: configurations, seed and the arguments of each recorded run. Not to be changed."""
     meta: dict[str, Any] = _document(HERE / "golden" / "meta.json")
     return meta
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
+def ops_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with each implementation of the ops forced; without a GPU, Triton's in its interpreter."""
+    from pusa_fast import ops
+
+    if reason := ops.backends()[request.param]:
+        pytest.skip(f"{request.param}: {reason}")
+    with ops.use(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

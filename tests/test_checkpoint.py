@@ -502,9 +502,13 @@ def test_quantised_files_are_named(state: dict[str, Tensor], tmp_path: Path) -> 
     assert_holds(load_dit(path, TINY, dtype=torch.bfloat16), narrow, torch.bfloat16)
 
 
-def test_precision_is_not_there_yet(state: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match="precision='fp8' is not available in this version"):
-        load_dit(state, TINY, precision="fp8")
+def test_a_precision_that_cannot_run_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ValueError, match="precision fp8 cannot be used: fp8 needs an NVIDIA GPU"):
+        load_dit("/nowhere", TINY, precision="fp8")
+    with pytest.raises(ValueError, match="precision 'int8' does not exist: choose fp8"):
+        load_dit("/nowhere", TINY, precision="int8")
+    with pytest.raises(ValueError, match=r"runs in bfloat16 around its products, got dtype torch.float16"):
+        load_dit("/nowhere", TINY, precision="fp8", dtype=torch.float16)
 
 
 # --- text encoder, saving ---------------------------------------------------------------------------------------------

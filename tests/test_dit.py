@@ -52,7 +52,7 @@ def tiny_inputs(B: int = 2, F: int = 3, tokens: int = 5, config: DiTConfig = TIN
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "recording"])
 @pytest.mark.parametrize("case", ["vec", "batch", "single_frame"])
-def test_golden(golden: dict[str, Tensor], golden_dit: WanDiT, case: str, grad: bool) -> None:
+def test_golden(golden: dict[str, Tensor], golden_dit: WanDiT, case: str, grad: bool, ops_backend: str) -> None:
     x, timestep, context = (golden[f"{case}.{name}"] for name in ("x", "timestep", "context"))
     with torch.set_grad_enabled(grad):
         assert relative_error(golden_dit(x, timestep, context), golden[f"{case}.out"]) < 1e-5

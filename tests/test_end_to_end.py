@@ -74,7 +74,7 @@ def test_noise_is_the_reference_noise(golden_meta: dict[str, Any], recorded: dic
 
 @pytest.mark.parametrize(("run", "name"), list(zip(RUNS, TASKS, strict=True)))
 def test_recorded_run(
-    pipe: Pipeline, golden_meta: dict[str, Any], recorded: dict[str, Tensor], run: str, name: str
+    pipe: Pipeline, golden_meta: dict[str, Any], recorded: dict[str, Tensor], run: str, name: str, ops_backend: str
 ) -> None:
     seen: list[Tensor] = []
     frames = pipe(**arguments(golden_meta, recorded, run), callback=lambda step, steps, x: seen.append(x))

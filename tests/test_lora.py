@@ -186,7 +186,7 @@ def test_convolution_and_peft_bias() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_golden_forward(golden: Golden, golden_meta: dict[str, Any], suffix: str) -> None:
+def test_golden_forward(golden: Golden, golden_meta: dict[str, Any], suffix: str, ops_backend: str) -> None:
     meta = golden_meta["dit"]
     config = DiTConfig(
         meta["dim"],

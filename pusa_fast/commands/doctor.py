@@ -30,7 +30,7 @@ def examine() -> dict[str, Any]:
         "commit": record.commit(),
         "devices": _devices(),
         "native": _native(),
-        "ops": dict.fromkeys(ops.BACKENDS),
+        "ops": ops.backends(),
         "attention": attention.backends(),
         "nano": _nano(),
         "codecs": _codecs(),

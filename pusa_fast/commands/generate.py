@@ -55,7 +55,7 @@ def _load(job: Job) -> Pipeline:
 
     dtype = None if job.dtype is None else DTYPES[job.dtype]
     lora: dict[str | os.PathLike[str], float] | None = None if job.lora is None else dict(job.lora.items())
-    return Pipeline.from_pretrained(job.model, lora=lora, device=job.device, dtype=dtype, attention=job.attention)
+    return Pipeline.from_pretrained(job.model, lora=lora, device=job.device, dtype=dtype, precision=job.precision, attention=job.attention)
 
 
 def _make(
@@ -137,6 +137,7 @@ def _record(job: Job, pipe: Pipeline, target: Target, hashes: dict[str, str], se
         "attention": job.attention,
         "device": str(pipe.device),
         "dtype": str(getattr(pipe.dit, "dtype", None)).removeprefix("torch."),
+        "precision": job.precision,  # null: as its dtype says
         **job.media.to_json(),
         "out": target.clip,
         "guidance_mode": run.get("guidance_mode"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from pusa_fast.sampling import task
 from pusa_fast.weights.pretrained import ModelFiles, find_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = ("fp8",)
 TILINGS = {"whole": None, "feather": Tiling()}
 
 
@@ -42,6 +43,7 @@ class Options:
     compat: str | None = None
     device: str | None = None
     dtype: str | None = None
+    precision: str | None = None
     attention: str | None = None
     fit: str | None = None
     tiling: str | None = None
@@ -75,6 +77,7 @@ class Job:
     attention: str
     device: str | None
     dtype: str | None
+    precision: str | None
     media: MediaPlan
     resolved: task.Plan
     targets: tuple[Target, ...]
@@ -106,7 +109,7 @@ def prepare(options: Options, inputs: Inputs) -> Job:
     with as_typed():
         resolved = media.resolve(settings.num_frames)
     backend = str(_first(options.attention, known.get("attention"), "auto"))
-    attention.resolve(backend)
+    attention.resolve(backend, _first(options.device, known.get("device")))
     lora = known.get("lora") if options.lora is None else parse_loras(options.lora)
     out = str(_first(options.out, known.get("out"), "clip.mp4"))
     return Job(
@@ -121,6 +124,7 @@ def prepare(options: Options, inputs: Inputs) -> Job:
         attention=backend,
         device=_first(options.device, known.get("device")),
         dtype=_choice("dtype", _first(options.dtype, known.get("dtype")), DTYPES),
+        precision=_choice("precision", _first(options.precision, known.get("precision")), PRECISIONS),
         media=media,
         resolved=resolved,
         targets=tuple(_targets(out, seeds, fps, options.overwrite, media)),
@@ -161,7 +165,7 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _choice(name: str, value: Any, table: Mapping[str, Any]) -> Any:
+def _choice(name: str, value: Any, table: Collection[str]) -> Any:
     if value is not None and value not in table:
         raise ValueError(f"--{name} {value} is unknown: choose one of {', '.join(table)}")
     return value

@@ -23,7 +23,7 @@ FORMAT = "pusa-fast clip 1"
 
 # What `prepare` reads of a record, and the types that JSON may give it; null counts as absent.
 _FIELDS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("prompt", "negative_prompt", "model", "compat", "fit", "tiling", "attention", "device", "dtype", "out"), (str,)),
+    **dict.fromkeys(("prompt", "negative_prompt", "model", "compat", "fit", "tiling", "attention", "device", "dtype", "precision", "out"), (str,)),
     **dict.fromkeys(("num_frames", "height", "width", "steps", "seed"), (int,)),
     **dict.fromkeys(("guidance_scale", "shift", "fps"), (int, float)),
     **dict.fromkeys(("conditions", "written"), (list,)),

@@ -4,14 +4,17 @@ Shape suffixes: B batch, C latent channels, F latent frames, h/w grid of tokens 
 L tokens = F*h*w in that order, D width, H heads, K head width, T context tokens, E context width, S steps, R distinct
 timesteps, 6 = (shift, scale, gate) of self-attention, then of the feed-forward.
 
-A frame's modulation stays one row [.., F, .., D]: kernels find a token's row by index. The residual travels as
-(x, y, gate) with x + gate * y still to be added, so that each norm adds it in the same pass over memory.
+A frame's modulation stays one row [.., F, .., D]: kernels find a token's row by index and add the block's own row to it.
+In inference the residual travels with its last update still `Pending`, so that the next norm adds it in the same pass over
+memory. Under autograd a block ends with it added: what activation checkpointing saves is one tensor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -24,6 +27,14 @@ from pusa_fast.model.rope import RopeCache
 
 Grid = tuple[int, int, int]
 Rope = tuple[Tensor, Tensor]
+
+
+class Pending(NamedTuple):
+    """An update of the residual x [B, L, D] still to be added: x + (gate_BFD[f] + gate_base_D) * y. y None: nothing."""
+
+    y_BLD: Tensor | None = None
+    gate_BFD: Tensor | None = None
+    gate_base_D: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,8 +59,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BLD: Tensor, rope: Rope, grid: Grid, backend: str) -> Tensor:
         qkv_BL3HK = torch.unflatten(self.qkv(x_BLD), -1, (3, self.num_heads, -1))
-        q, k = ops.qk_rope(qkv_BL3HK, self.norm_q.weight, self.norm_k.weight, *rope, grid, self.eps)
-        y: Tensor = self.o(attention(q, k, qkv_BL3HK[:, :, 2], backend).flatten(2))
+        weights = self.norm_q.weight, self.norm_k.weight
+        q, k, v = ops.qk_rope(qkv_BL3HK, *weights, *rope, grid, self.eps, inplace=not torch.is_grad_enabled())
+        y: Tensor = self.o(attention(q, k, v, backend).flatten(2))
         return y
 
 
@@ -75,6 +87,24 @@ class CrossAttention(nn.Module):
         return y
 
 
+class FeedForward(nn.Sequential):
+    """Linear, tanh GELU, linear: `nn.Sequential`'s parameter names, with the activation fused where it can be."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        up, _, down = self
+        if type(up) is nn.Linear:  # no adapter, whose output is still to be added
+            hidden = ops.linear_gelu(x_BLD, up.weight, up.bias)
+        else:
+            hidden = ops.gelu(up(x_BLD), inplace=not torch.is_grad_enabled())
+        out: Tensor = down(hidden)
+        return out
+
+
 class Block(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -83,30 +113,38 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
-        )
+        self.ffn: nn.Sequential = FeedForward(config)
+        self.residual_norm: Callable[..., tuple[Tensor, Any]] = ops.residual_norm  # or one that quantises
 
     def forward(
         self,
         x_BLD: Tensor,
-        y_BLD: Tensor | None,
-        gate_BFD: Tensor | None,
+        pending: Pending,
         t_mod_BF6D: Tensor,
         cross_kv: tuple[Tensor, Tensor],
         rope: Rope,
         grid: Grid,
         backend: str = "auto",
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(x, y, gate) before this block -> after it; x + gate * y is the residual stream."""
-        modulation_BF6D = self.modulation.to(t_mod_BF6D.dtype).unsqueeze(1) + t_mod_BF6D
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation_BF6D.unbind(2)
-        x, n = ops.residual_norm(x_BLD, y_BLD, gate_BFD, scale=scale_msa, shift=shift_msa, eps=self.eps)
+    ) -> tuple[Tensor, Pending]:
+        """The residual stream before this block -> after it, its last update pending (under autograd: added)."""
+        frame, own = t_mod_BF6D.unbind(2), self.modulation[0].unbind()
+        x, n = self.residual_norm(
+            x_BLD,
+            pending.y_BLD,
+            pending.gate_BFD,
+            gate_base=pending.gate_base_D,
+            **_modulated(frame[:2], own[:2]),
+            eps=self.eps,
+        )
         y = self.self_attn(n, rope, grid, backend)
-        x, n = ops.residual_norm(x, y, gate_msa, weight=self.norm3.weight, bias=self.norm3.bias, eps=self.eps)
+        affine = {"weight": self.norm3.weight, "bias": self.norm3.bias}
+        x, n = self.residual_norm(x, y, frame[2], gate_base=own[2], **affine, eps=self.eps)
         y = self.cross_attn(n, cross_kv, backend)
-        x, n = ops.residual_norm(x, y, scale=scale_mlp, shift=shift_mlp, eps=self.eps)
-        return x, self.ffn(n), gate_mlp
+        x, n = self.residual_norm(x, y, **_modulated(frame[3:5], own[3:5]), eps=self.eps)
+        y = self.ffn(n)
+        if torch.is_grad_enabled():
+            return ops.gated_residual(x, y, frame[5], own[5]), Pending()
+        return x, Pending(y, frame[5], own[5])
 
 
 class Head(nn.Module):
@@ -116,12 +154,18 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, config.out_channels * config.patch_size[1] * config.patch_size[2])
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
 
-    def forward(self, x_BLD: Tensor, y_BLD: Tensor, gate_BFD: Tensor, t_emb_BFD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, pending: Pending, t_emb_BFD: Tensor) -> Tensor:
         # One time vector for shift and scale alike: t_emb, not t_mod (spec 1.5).
-        shift, scale = (self.modulation.to(t_emb_BFD.dtype).unsqueeze(1) + t_emb_BFD.unsqueeze(2)).unbind(2)
-        _, n = ops.residual_norm(x_BLD, y_BLD, gate_BFD, scale=scale, shift=shift, eps=self.eps)
+        modulated = _modulated((t_emb_BFD, t_emb_BFD), self.modulation[0].unbind())
+        y, gate, gate_base = pending
+        _, n = ops.residual_norm(x_BLD, y, gate, gate_base=gate_base, **modulated, eps=self.eps)
         out: Tensor = self.head(n)
         return out
+
+
+def _modulated(frame: Sequence[Tensor], own: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Arguments of a modulated norm, from (shift, scale) rows per frame and the module's own."""
+    return {"shift": frame[0], "shift_base": own[0], "scale": frame[1], "scale_base": own[1]}
 
 
 class WanDiT(nn.Module):
@@ -130,14 +174,16 @@ class WanDiT(nn.Module):
     Parameters carry official Wan names, but for two packed ones: `blocks.i.self_attn.qkv` (rows q, k, v) and
     `blocks.i.cross_attn.kv` (rows k, v). A new model is initialised as official Wan is.
 
-    Attributes: `config`; `attention_backend`, a name of `pusa_fast.attention`; `weights_version`, which whoever changes
-    weights in place increments, so that states prepared before are refused.
+    Attributes: `config`; `attention_backend`, a name of `pusa_fast.attention`; `precision`, "fp8" where the products are
+    quantised (`model.fp8`), else None; `weights_version`, which whoever changes weights in place increments, so that states
+    prepared before are refused.
     """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
         self.attention_backend = "auto"
+        self.precision: str | None = None
         self.weights_version = 0
         self._rope = RopeCache(config.head_dim)
         D = config.dim
@@ -205,12 +251,10 @@ class WanDiT(nn.Module):
         t_mod_BF6D, t_emb_BFD = state.t_mod_R6D[rows_BF], state.t_emb_RD[rows_BF]
         rope = self._rope(grid, x_BCFhw.device)
         # Under autocast the products run in bf16 while the residual stream stays in the weights' dtype.
-        x_BLD, y_BLD, gate_BFD = self._patchify(x_BCFhw.to(self.dtype)).to(self.dtype), None, None
+        x_BLD, pending = self._patchify(x_BCFhw.to(self.dtype)).to(self.dtype), Pending()
         for block, cross_kv in zip(self.blocks, state.cross_kv, strict=True):
-            x_BLD, y_BLD, gate_BFD = block(
-                x_BLD, y_BLD, gate_BFD, t_mod_BF6D, cross_kv, rope, grid, self.attention_backend
-            )
-        return self._unpatchify(self.head(x_BLD, y_BLD, gate_BFD, t_emb_BFD), grid).to(x_BCFhw.dtype)
+            x_BLD, pending = block(x_BLD, pending, t_mod_BF6D, cross_kv, rope, grid, self.attention_backend)
+        return self._unpatchify(self.head(x_BLD, pending, t_emb_BFD), grid).to(x_BCFhw.dtype)
 
     def _grid(self, x_BCFhw: Tensor) -> Grid:
         _, ph, pw = self.config.patch_size
@@ -240,7 +284,8 @@ class WanDiT(nn.Module):
         """t_emb [R, D] and t_mod [R, 6, D] in float32 or better, and the row of each frame [S, B, F].
 
         Inference computes each distinct timestep once and alone: a product of several rows rounds by how many there are,
-        and a frame's result must not depend on its neighbours. Where autograd records, one product takes all rows.
+        an activation by where in its vector loop an element stands, and a frame's result must not depend on its neighbours.
+        Where autograd records, one product takes all rows.
         """
         recording = torch.is_grad_enabled()
         if recording:
@@ -249,18 +294,18 @@ class WanDiT(nn.Module):
         else:
             levels_R, rows_SBF = torch.unique(timesteps_SBF, return_inverse=True)
         accumulator = torch.promote_types(self.dtype, torch.float32)
+        layers = (*linears(self.time_embedding), *linears(self.time_projection))
+        weights = [(layer.weight.to(accumulator), layer.bias.to(accumulator)) for layer in layers]
 
-        def linear(layer: nn.Linear, x_RD: Tensor) -> Tensor:
-            weight, bias = layer.weight.to(accumulator), layer.bias.to(accumulator)
-            if recording:
-                return nnf.linear(x_RD, weight, bias)
-            return torch.cat([nnf.linear(row, weight, bias) for row in torch.split(x_RD, 1)])
+        def rows_of(some_levels: Tensor) -> tuple[Tensor, Tensor]:
+            first, second, projection = weights
+            hidden_RD = nnf.linear(sinusoid(some_levels, self.config.freq_dim).to(accumulator), *first)
+            t_emb_RD = nnf.linear(nnf.silu(hidden_RD), *second)
+            return t_emb_RD, nnf.linear(nnf.silu(t_emb_RD), *projection)
 
         with _no_autocast(levels_R.device):
-            first, second, projection = (*linears(self.time_embedding), *linears(self.time_projection))
-            hidden_RD = linear(first, sinusoid(levels_R, self.config.freq_dim).to(accumulator))
-            t_emb_RD = linear(second, nnf.silu(hidden_RD))
-            t_mod_RD = linear(projection, nnf.silu(t_emb_RD))
+            groups = [levels_R] if recording else torch.split(levels_R, 1)
+            t_emb_RD, t_mod_RD = (torch.cat(rows) for rows in zip(*map(rows_of, groups), strict=True))
         return t_emb_RD, torch.unflatten(t_mod_RD, 1, (6, -1)), rows_SBF
 
     @torch.no_grad()

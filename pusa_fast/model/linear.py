@@ -69,6 +69,7 @@ def projections(dit: WanDiT) -> dict[str, tuple[nn.Linear, slice]]:
     """Every official projection name -> (the module that holds it, its rows of that module's weight and bias).
 
     `<name>.weight` of an official checkpoint is `module.weight[rows]`. The patch embedding, a convolution, is not one.
+    Raises ValueError for a quantised model.
     """
     return {name: _locate(dit, path, share) for name, (path, share) in _layer_paths(len(dit.blocks)).items()}
 
@@ -84,7 +85,11 @@ def _layer_paths(num_layers: int) -> dict[str, tuple[str, tuple[int, int]]]:
 
 def _locate(dit: WanDiT, path: str, share: tuple[int, int]) -> tuple[nn.Linear, slice]:
     module = dit.get_submodule(path)
-    assert isinstance(module, nn.Linear)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(
+            f"{path} is quantised ({dit.precision}), its exact weight is gone: put LoRAs on first (load without precision, "
+            "apply_lora(..., keep_base=False)), then call pusa_fast.model.fp8.quantize"
+        )
     index, shares = share
     size = module.out_features // shares
     return module, slice(index * size, (index + 1) * size)

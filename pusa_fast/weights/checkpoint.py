@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pusa_fast.config import MODELS, DiTConfig, VAEConfig
 from pusa_fast.model.dit import WanDiT
+from pusa_fast.model.fp8 import check_precision, quantize
 from pusa_fast.model.vae import WanVAE
 from pusa_fast.weights import files, keymap
 from pusa_fast.weights.files import Source, StateSource, Stored, listing
@@ -72,13 +73,16 @@ def load_dit(
 
     dtype None keeps what is stored. The configuration is `config`, else the file's own or the config.json beside it,
     else that of a published model with the same names and shapes. Tensors of a state dict are copied, never shared.
+    precision "fp8": the blocks' products on e4m3 rows (`model.fp8`), bfloat16 around them; lossy, inference only, and too
+    late for a LoRA, which goes on before (`Pipeline.from_pretrained` does both in order).
 
     Raises FileNotFoundError; ValueError for a damaged file, another kind of model, an image-input variant, quantised
-    tensors, an unknown configuration, and for every tensor that is unknown, missing or of the wrong shape.
+    tensors, an unknown configuration, for every tensor that is unknown, missing or of the wrong shape, and, before
+    anything is read, for a precision that does not exist or cannot run on `device`.
     """
-    if precision is not None:
-        raise ValueError(f"precision={precision!r} is not available in this version: leave it out and choose a dtype")
-    return _load(DIT, WanDiT, path, config, device, dtype)
+    dtype = check_precision(precision, torch.device(device), dtype)
+    dit = _load(DIT, WanDiT, path, config, device, dtype)
+    return dit if precision is None else quantize(dit)
 
 
 def load_vae(

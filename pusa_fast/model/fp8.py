@@ -1,0 +1,129 @@
+"""The transformer's large products on e4m3 rows: half the weight memory, about twice the rate, and lossy.
+
+A block's six projections (self-attention's packed qkv and o, cross-attention's q and o, the feed-forward's two) hold their
+weights as e4m3 with one scale per output row and multiply activations quantised per token: `ops.scaled_linear`. The norms
+emit those rows in the pass that computes them. Attention, the residual stream, embeddings, modulation, the head and
+cross-attention's keys and values (computed once a run) stay in bf16. What it costs in quality: docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pusa_fast import ops
+from pusa_fast.model.dit import Block, WanDiT, linears
+from pusa_fast.ops.quantize import fp8_reason
+
+Rows = tuple[Tensor, Tensor]  # e4m3 [..., D], float32 scale [..., 1]
+
+MULTIPLE = 16  # of every width that enters or leaves an e4m3 product (cuBLASLt, CUTLASS)
+
+
+class FP8Linear(nn.Module):
+    """x W^T + b with e4m3 weight rows; x a float tensor, or rows that a norm has quantised. Returns bf16. Inference only."""
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = ops.quantize_rows(linear.weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor | Rows) -> Tensor:
+        rows = ops.quantize_rows(x) if isinstance(x, Tensor) else x
+        return ops.scaled_linear(rows, (self.weight, self.weight_scale), self.bias)
+
+
+class FP8FeedForward(nn.Sequential):
+    def __init__(self, ffn: nn.Sequential) -> None:
+        up, activation, down = ffn
+        assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
+        super().__init__(FP8Linear(up), activation, FP8Linear(down))
+
+    def forward(self, x: Tensor | Rows) -> Tensor:
+        up, _, down = self
+        out: Tensor = down(ops.gelu_quantize_rows(up(x)))
+        return out
+
+
+def check_precision(precision: str | None, device: torch.device, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype to load in. Raises ValueError for a precision that does not exist or cannot run on `device`."""
+    if precision is None:
+        return dtype
+    if precision != "fp8":
+        raise ValueError(f"precision {precision!r} does not exist: choose fp8, or leave it out")
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"precision fp8 runs in bfloat16 around its products, got dtype {dtype}: leave dtype out")
+    if reason := fp8_reason(device):
+        raise ValueError(f"precision fp8 cannot be used: {reason}")
+    return torch.bfloat16
+
+
+@torch.no_grad()
+def quantize(dit: WanDiT, emulate: bool = False) -> WanDiT:
+    """Turn the blocks' projections to fp8 in place, for inference; each bf16 weight is freed as its block is done.
+
+    LoRAs go on before (`apply_lora(..., keep_base=False)`); afterwards they are refused. `emulate` allows devices without
+    fp8 products, slowly: for measuring the loss. Raises ValueError for such a device otherwise, for a model that is not
+    bfloat16, is quantised already, has unmerged adapters, or has widths that are no multiples of 16.
+    """
+    if not emulate and (reason := fp8_reason(dit.device)):
+        raise ValueError(reason)
+    if dit.precision is not None:
+        raise ValueError(f"this model is quantised to {dit.precision} already")
+    if dit.dtype != torch.bfloat16:
+        raise ValueError(f"fp8 products return bfloat16, the model is {dit.dtype}: load it with dtype=torch.bfloat16")
+    for name, width in (("dim", dit.config.dim), ("ffn_dim", dit.config.ffn_dim)):
+        if width % MULTIPLE:
+            raise ValueError(f"fp8 products need widths that are multiples of {MULTIPLE}, {name} is {width}")
+    if adapted := [type(layer).__name__ for layer in linears(dit.blocks) if type(layer) is not nn.Linear]:
+        raise ValueError(f"{len(adapted)} projections have unmerged adapters ({adapted[0]}): merge them before quantising")
+    for block in dit.blocks:
+        assert isinstance(block, Block)
+        for parent, name in (
+            (block.self_attn, "qkv"),
+            (block.self_attn, "o"),
+            (block.cross_attn, "q"),
+            (block.cross_attn, "o"),
+        ):
+            setattr(parent, name, FP8Linear(getattr(parent, name)))
+        block.ffn = FP8FeedForward(block.ffn)
+        block.residual_norm = ops.residual_norm_fp8
+    dit.precision = "fp8"
+    dit.weights_version += 1
+    return dit.requires_grad_(False)
+
+
+@torch.no_grad()
+def block_errors(candidate: WanDiT, reference: WanDiT, x: Tensor, timestep: Tensor, context: Tensor) -> list[float]:
+    """Relative error (norm of the difference over norm) of the residual stream after each block, then of the velocity.
+
+    Both models run whole, so errors accumulate over depth. x, timestep, context as for `WanDiT.forward`.
+    """
+    streams: list[list[Tensor]] = []
+    for dit in (candidate, reference):
+        seen: list[Tensor] = []
+        hooks = [block.register_forward_hook(_collect(seen)) for block in dit.blocks]
+        try:
+            velocity = dit(x, timestep, context)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        streams.append([*seen, velocity.double()])
+    return [float((a - b).norm() / b.norm()) for a, b in zip(*streams, strict=True)]
+
+
+def _collect(seen: list[Tensor]) -> Callable[[nn.Module, object, Any], None]:
+    def hook(_module: nn.Module, _args: object, output: Any) -> None:
+        x, pending = output
+        seen.append(ops.gated_residual(x, *pending).double())
+
+    return hook
