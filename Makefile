@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(CONSTRAINTS)
 export PIP_BUILD_CONSTRAINT := $(CONSTRAINTS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/.installed
 	$(BIN)/pusa-fast generate "$(PROMPT)" --image "$(IMAGE)" --out clip.mp4 --overwrite
@@ -22,6 +22,12 @@ test: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: .venv/.installed
+	$(BIN)/pusa-fast bench ops
+	$(BIN)/pusa-fast bench attention
+	$(BIN)/pusa-fast bench dit
+	$(BIN)/pusa-fast bench e2e
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis clip.mp4 clip.png clip.json

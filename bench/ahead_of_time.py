@@ -1,0 +1,353 @@
+"""Every Triton kernel compiled for GPUs that are not here: registers, spills, shared memory and width of memory accesses.
+
+    python -m bench.ahead_of_time [--json out.json] [--arch 90] [--model 14B] [--op qk_rope]
+
+The launchers themselves run, on meta tensors, with a launch replaced by a compilation: what is measured has the launch
+parameters and the specialisation that production gets. Not in a process under TRITON_INTERPRET, which has no compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from pusa_fast.kernels import fp8, norm, qk_rope, residual_norm, step
+
+ARCHS = (80, 90, 100)
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
+REGISTER_FILE = 64 << 10  # registers of an SM, which one block must fit
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shapes of one transformer, at the grid of tokens of one clip."""
+
+    heads: int
+    head_dim: int
+    ffn: int
+    grid: tuple[int, int, int]
+    latents: tuple[int, int, int, int, int]
+    dtype: torch.dtype
+
+    @property
+    def dim(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(*shape, dtype=dtype or self.dtype, device="meta")
+
+    def stream(self) -> Tensor:
+        return self.empty(1, self.tokens, self.dim)
+
+    def modulation(self, index: int) -> Tensor:
+        """One of the six rows [1, F, D] of the time table, as the transformer hands it over."""
+        return self.empty(1, self.grid[0], 6, self.dim, dtype=torch.float32)[:, :, index]
+
+    def row(self) -> Tensor:
+        return self.empty(self.dim, dtype=torch.float32)
+
+    def stats(self) -> Tensor:
+        return self.empty(1, self.tokens, dtype=torch.float32)
+
+
+MODELS = {
+    "14B": Model(40, 128, 13824, (21, 30, 52), (1, 16, 21, 60, 104), torch.bfloat16),
+    "1.3B": Model(12, 128, 8960, (21, 30, 52), (1, 16, 21, 60, 104), torch.bfloat16),
+    "nano": Model(5, 32, 640, (5, 4, 4), (1, 8, 5, 8, 8), torch.float32),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of one launcher. `forward`: it moves whole rows in and out, and should do so 16 bytes at a time."""
+
+    op: str
+    variant: str
+    call: Callable[[Model], Any]
+    forward: bool = True
+    fp8: bool = False
+
+
+_RESIDUAL_FORMS = ("gate, modulation", "gate, affine", "no gate, modulation", "modulation", "bare")
+
+
+def _residual(m: Model, form: str) -> tuple[Tensor | None, ...]:
+    """y, gate, scale and shift, each with its base, weight and bias: K1, K3, K5, a first block, a last norm."""
+    modulation = (m.modulation(1), m.row(), m.modulation(0), m.row())
+    return {
+        "gate, modulation": (m.stream(), m.modulation(2), m.row(), *modulation, None, None),
+        "gate, affine": (m.stream(), m.modulation(2), m.row(), None, None, None, None, m.row(), m.row()),
+        "no gate, modulation": (m.stream(), None, None, *modulation, None, None),
+        "modulation": (None, None, None, *modulation, None, None),
+        "bare": (None,) * 9,
+    }[form]
+
+
+def _residual_backward(m: Model, form: str, want: bool) -> Any:
+    y, gate, gate_base, scale, scale_base, _, _, weight, _ = _residual(m, form)
+    wanted = (want and gate is not None, want and scale is not None, want and weight is not None)
+    return residual_norm.residual_norm_backward(
+        *(None if y is None else m.stream(), m.stream(), m.stream(), y if wanted[0] else None),
+        *(gate, gate_base, scale, scale_base, weight, m.stats(), m.stats(), *wanted),
+    )
+
+
+def _gated_residual(m: Model, gated: bool) -> Any:
+    gate = (m.modulation(5), m.row()) if gated else (None, None)
+    return residual_norm.gated_residual_forward(m.stream(), m.stream(), *gate)
+
+
+def _gated_residual_backward(m: Model, want: bool) -> Any:
+    y = m.stream() if want else None
+    return residual_norm.gated_residual_backward(m.stream(), y, m.modulation(5), m.row(), want)
+
+
+def _rms_norm(m: Model, packed: bool) -> Any:
+    x = m.empty(1, m.tokens, 2, m.dim)[:, :, 0] if packed else m.stream()
+    return norm.rms_norm_forward(x, m.row(), EPS)
+
+
+def _rms_norm_backward(m: Model, want: bool) -> Any:
+    return norm.rms_norm_backward(m.stream(), m.stream(), m.row(), m.stats(), want)
+
+
+def _qk_rope_arguments(m: Model) -> tuple[Any, ...]:
+    packed = m.empty(1, m.tokens, 3, m.heads, m.head_dim)
+    angles = m.empty(max(m.grid), m.head_dim // 2, dtype=torch.float32)
+    return packed[:, :, 0], packed[:, :, 1], m.row(), m.row(), angles, angles, m.grid
+
+
+def _qk_rope(m: Model, inplace: bool) -> Any:
+    return qk_rope.qk_rope_forward(*_qk_rope_arguments(m), EPS, inplace)
+
+
+def _qk_rope_backward(m: Model, want: bool) -> Any:
+    gradients = (m.empty(1, m.tokens, m.heads, m.head_dim) for _ in range(2))
+    return qk_rope.qk_rope_backward(*gradients, *_qk_rope_arguments(m), m.stats(), m.stats(), want)
+
+
+def _step(m: Model, guided: bool) -> Any:
+    x, v = m.empty(*m.latents, dtype=torch.float32), m.empty(*m.latents)
+    return step.guided_euler_step(x, v, v if guided else None, 5.0, m.empty(m.latents[2], dtype=torch.float32))
+
+
+def cases() -> Iterator[Case]:
+    """Every launcher in the variants that inference and training use."""
+    partial = functools.partial
+    for form in _RESIDUAL_FORMS:
+        for op in ("residual_norm", "residual_norm_fp8"):
+            launcher = getattr(residual_norm, f"{op}_forward")
+            call = lambda m, f=form, run=launcher: run(m.stream(), *_residual(m, f), EPS)  # noqa: E731
+            yield Case(op, form, call, fp8=op.endswith("fp8"))
+    for want, what in ((False, "frozen tables"), (True, "all gradients")):
+        for form in _RESIDUAL_FORMS:
+            call = partial(_residual_backward, form=form, want=want)
+            yield Case("residual_norm_backward", f"{form}; {what}", call, forward=False)
+        yield Case("gated_residual_backward", what, partial(_gated_residual_backward, want=want), forward=False)
+        yield Case("rms_norm_backward", what, partial(_rms_norm_backward, want=want), forward=False)
+        yield Case("qk_rope_backward", what, partial(_qk_rope_backward, want=want), forward=False)
+    for yes in (True, False):
+        yield Case("gated_residual", "gate" if yes else "no gate", partial(_gated_residual, gated=yes))
+        yield Case("rms_norm", "half of a packed row" if yes else "", partial(_rms_norm, packed=yes))
+        yield Case("qk_rope", "in place" if yes else "new tensors", partial(_qk_rope, inplace=yes))
+        yield Case("guided_euler_step", "guided" if yes else "no guidance", partial(_step, guided=yes))
+    yield Case("quantize_rows", "", lambda m: fp8.quantize_rows(m.stream()), fp8=True)
+    yield Case("gelu_quantize_rows", "", lambda m: fp8.gelu_quantize_rows(m.empty(1, m.tokens, m.ffn)), fp8=True)
+
+
+class _NoGPU:
+    """Stands in for Triton's driver: says which GPU to compile for, and runs nothing."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return int(self.target.arch)  # a key of Triton's caches
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextmanager
+def compiling(arch: int) -> Iterator[list[Any]]:
+    """Inside, a kernel launch compiles for `arch` and launches nothing; the list gets what was compiled."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("under TRITON_INTERPRET=1 there is no compiler: run this in a process without it")
+    launches: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append(compiled)
+        return compiled
+
+    driver.set_active(_NoGPU(arch))
+    JITFunction.run = compile_only
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+        if torch.cuda.is_available():  # else there is no driver to go back to
+            driver.reset_active()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes and does. `narrow` counts accesses to global memory of 1 or 2 bytes: single elements of a row."""
+
+    registers: int
+    spills: int
+    shared: int
+    loads_16: int
+    stores_16: int
+    narrow: int
+    instructions: int
+
+
+def resources(compiled: Any) -> Resources:
+    """Read from the machine code with Triton's own cuobjdump."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [tool, "-res-usage", "-sass", cubin]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {what: int(number) for what, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing)
+
+    def count(pattern: str) -> int:
+        return sum(1 for opcode in opcodes if re.match(pattern, opcode))
+
+    return Resources(
+        registers=used["REG"],
+        spills=count(r"(LDL|STL)\b") or used["STACK"] or used["LOCAL"],
+        shared=compiled.metadata.shared,
+        loads_16=count(r"LDG\b.*\.(128|256)"),
+        stores_16=count(r"STG\b.*\.(128|256)"),
+        narrow=count(r"(LDG|STG)\b.*\.[US](8|16)\b"),
+        instructions=len(opcodes) - count("NOP"),
+    )
+
+
+def measure(
+    archs: Iterable[int] = ARCHS, models: Iterable[str] = tuple(MODELS), ops: Iterable[str] = ()
+) -> list[dict[str, Any]]:
+    """One record per kernel that a case launches: what it is, its warps, its `Resources`. No ops: all of them."""
+    wanted, found = set(ops), []
+    for arch, name in itertools.product(archs, models):
+        for case in cases():
+            if (wanted and case.op not in wanted) or (case.fp8 and arch < 89):
+                continue
+            model = MODELS[name]
+            with compiling(arch) as launches:
+                case.call(model)
+            if not launches:
+                raise RuntimeError(f"{case.op} ({case.variant}) launched no kernel")
+            for number, compiled in enumerate(dict.fromkeys(launches)):
+                record = {
+                    "op": case.op,
+                    "variant": case.variant,
+                    "model": name,
+                    "arch": arch,
+                    "launch": number,  # of this case
+                    "kernel": compiled.metadata.name,
+                    "dim": model.dim,
+                    "dtype": str(model.dtype).removeprefix("torch."),
+                    "forward": case.forward,
+                    "fp8": case.fp8,
+                    "warps": compiled.metadata.num_warps,
+                }
+                found.append((record, compiled))
+    kernels = list(dict.fromkeys(compiled for _, compiled in found))  # variants share some
+    with ThreadPoolExecutor() as pool:  # most of the time goes to the disassembler, a process of its own
+        read = dict(zip(kernels, pool.map(resources, kernels), strict=True))
+    return [record | asdict(read[compiled]) for record, compiled in found]
+
+
+def faults(record: dict[str, Any]) -> list[str]:
+    """Why a kernel would be slow or not launch at all: spills, shared memory, registers of one block."""
+    # Registers are handed out to a warp in units of 256.
+    block = -(-record["registers"] * 32 // 256) * 256 * record["warps"]
+    limit = SHARED_LIMIT[record["arch"]]
+    found = {
+        f"{record['spills']} spills": record["spills"] > 0,
+        f"{record['shared']} bytes of shared memory, of {limit}": record["shared"] > limit,
+        f"{block} registers a block, of {REGISTER_FILE}": block > REGISTER_FILE,
+    }
+    return [what for what, wrong in found.items() if wrong]
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: a line per kernel, variant and model, with the registers on each GPU and the most of all else."""
+    archs = sorted({record["arch"] for record in records})
+    lines = [
+        f"| kernel | op: variant | model | warps | registers, sm_{'/'.join(map(str, archs))} | spills | shared, B "
+        "| 16-byte access | instructions |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for record in records:
+        key = tuple(record[name] for name in ("kernel", "op", "variant", "model", "launch"))
+        groups.setdefault(key, {})[record["arch"]] = record
+    for (kernel, op, variant, model, _), group in groups.items():
+        warps, spills, shared, count = (
+            max(r[name] for r in group.values()) for name in ("warps", "spills", "shared", "instructions")
+        )
+        registers = " / ".join(str(group[arch]["registers"]) if arch in group else "-" for arch in archs)
+        wide = [what for what in ("loads", "stores") if all(r[f"{what}_16"] for r in group.values())]
+        what = f"{op}: {variant}" if variant else op
+        cells = (kernel, what, model, warps, registers, spills, shared, ", ".join(wide) or "none", count)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel without a GPU and show what it takes.")
+    parser.add_argument("--json", type=Path, help="write the records to this file")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="default: all")
+    parser.add_argument("--model", action="append", choices=tuple(MODELS), help="default: all")
+    parser.add_argument("--op", action="append", default=[], help="default: all")
+    options = parser.parse_args()
+    records = measure(options.arch or ARCHS, options.model or tuple(MODELS), options.op)
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    print(table(records))
+    bad = [(r, found) for r in records if (found := faults(r))]
+    for r, found in bad:
+        print(f"{r['kernel']} ({r['op']}: {r['variant']}, {r['model']}, sm_{r['arch']}): {'; '.join(found)}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

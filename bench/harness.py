@@ -1,0 +1,199 @@
+"""One measurement from its options to its result: checks what was asked, shows progress on stderr, ends with one JSON document.
+
+stdout carries that document and nothing else; everything that a library prints on the way goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.card import card
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of any run; each uses those that concern it. Empty tuples and None: that run's own choice."""
+
+    device: str | None = None
+    quick: bool = False
+    out: str | None = None
+    seconds: float | None = None  # of the whole run: nothing new starts after that
+    shapes: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    ops: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    model: str | None = None
+    random_weights: bool = False
+    size: str | None = None
+    steps: int | None = None
+    precision: str | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> Options:
+        """From a JSON object of fields. Raises ValueError for an unknown one."""
+        found = json.loads(text)
+        known = {field.name for field in fields(cls)}
+        if not isinstance(found, dict) or not found.keys() <= known:
+            raise ValueError(f"options must be a JSON object of {', '.join(sorted(known))}, got {text}")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+
+
+class Recorder:
+    """Progress and intermediate results of a run; `deadline` is when it should stop starting new measurements."""
+
+    def __init__(self, kind: str, options: Options, device: torch.device) -> None:
+        self.kind, self.out, self.device = kind, options.out, device
+        self.console = _console()
+        self.deadline = time.monotonic() + (options.seconds or float("inf"))
+        self.result: dict[str, Any] = {"bench": kind, "card": card(device), "quick": options.quick, "complete": False}
+        self._started = False
+        self._status = self.console.status(f"bench {kind}") if self.console.is_terminal else None
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def note(self, text: str) -> None:
+        """A line on stderr."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def working_on(self, text: str) -> None:
+        """What happens now: a spinner where stderr is a terminal, else a line."""
+        if not self._started and self.device.type == "cpu":
+            self.note("On the CPU, at small sizes: these figures say nothing about a GPU.")
+        self._started = True
+        if self._status is None:
+            self.note(f"  {text}")
+        else:
+            self._status.update(text)
+            self._status.start()
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        if self._status is not None:
+            self._status.stop()
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def save(self, **parts: Any) -> None:
+        """Add parts to the result and write it as it stands: a run that is killed leaves what it had."""
+        self.result.update(parts)
+        if self.out is not None:
+            write_json(self.out, self.result)
+
+    def stop(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+
+def _console() -> Console:
+    console = Console(stderr=True, highlight=False)
+    return console if console.is_terminal else Console(stderr=True, highlight=False, width=120)
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device asked for, or a GPU where there is one. Raises ValueError where it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not available: choose cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device; --device cpu measures small sizes on the CPU")
+    return torch.device(name)
+
+
+def choose(kind: str, wanted: Sequence[str], known: Sequence[str], default: Sequence[str]) -> list[str]:
+    """The names asked for, else the default ones. Raises ValueError naming what is unknown and what there is."""
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"--{kind} {name} does not exist: choose from {', '.join(known)}")
+    return list(wanted or default)
+
+
+def _module(name: str) -> Callable[[Options, Recorder], None]:
+    """A measurement that its module's `run` makes; the module is imported when it is asked for."""
+    return lambda options, recorder: importlib.import_module(name).run(options, recorder)
+
+
+def _numerics(options: Options, recorder: Recorder) -> None:
+    from bench import run_numerics
+
+    recorder.save(**run_numerics.run(recorder.device, clips=2 if options.quick else 16))
+
+
+# What can be measured, each into `recorder`'s result. The VAE and training will come as rows here.
+RUNS: Mapping[str, Callable[[Options, Recorder], None]] = {
+    "ops": _module("bench.run_ops"),
+    "attention": _module("bench.run_attention"),
+    "dit": _module("bench.run_dit"),
+    "e2e": _module("bench.run_e2e"),
+    "numerics": _numerics,
+}
+
+
+def execute(kind: str, options: Options) -> dict[str, Any]:
+    """Run one measurement and return its result, which is in `options.out` too. Raises ValueError for options that cannot work."""
+    if kind not in RUNS:
+        raise ValueError(f"bench {kind} does not exist: choose from {', '.join(RUNS)}")
+    device = resolve_device(options.device)
+    if options.out is not None and not Path(options.out).absolute().parent.is_dir():
+        raise ValueError(f"--out {options.out}: its folder does not exist")
+    recorder = Recorder(kind, options, device)
+    try:
+        RUNS[kind](options, recorder)
+    finally:
+        recorder.stop()
+    recorder.save(complete=True)
+    return recorder.result
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Inside, everything written to stdout goes to stderr, by C libraries and child processes too."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """The last line of stdout."""
+    print(json.dumps(result, allow_nan=False), flush=True)
+
+
+def write_json(path: str | Path, result: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all: to a temporary one beside it, then renamed."""
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.absolute().parent, prefix=f".{target.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise

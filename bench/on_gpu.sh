@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Everything worth measuring on a GPU that is at hand for minutes: most valuable first, each step with its own limit, none
+# stopping the rest. Needs torch, triton, rich and transformers; no network, no installation, no git.
+#
+#   OUT=results bench/on_gpu.sh [STEP...]
+#
+# OUT      folder for the results: one JSON file a step, tests.txt, log.txt
+# LIMIT    seconds for all steps together (default 570)
+# WHEELS   folder of wheels to put on the path first (diffusers; flash-attn-4 and what it needs)
+# PYTHON   interpreter (default python3)
+# Results are written as they come in: a step that is cut short leaves what it had.
+set -u
+steps=(tests e2e-480p ops attention e2e-720p dit e2e-480p-fp8)
+cd "$(dirname "$0")/.."
+: "${OUT:?OUT names the folder for the results}"
+PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-570}
+mkdir -p "$OUT"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+if [ -n "${WHEELS:-}" ]; then
+  site=$(mktemp -d)
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl >>"$OUT/log.txt" 2>&1 && PYTHONPATH=$PYTHONPATH:$site
+fi
+
+# step NAME SECONDS COMMAND...: within its own limit and what is left of LIMIT; says how it went.
+step() {
+  local name=$1 limit=$2 left=$((LIMIT - SECONDS)) start=$SECONDS rc
+  shift 2
+  if [ "$left" -lt 30 ]; then
+    echo "$name: skipped, $left s left"
+    return
+  fi
+  [ "$limit" -le "$left" ] || limit=$left
+  echo "== $name" >>"$OUT/log.txt"
+  timeout -k 10 "$limit" "$@" </dev/null >>"$OUT/log.txt" 2>&1
+  rc=$?
+  echo "$name: exit $rc after $((SECONDS - start)) s"
+}
+
+# bench NAME SECONDS KIND OPTIONS: the run stops starting new measurements 30 s before it would be killed.
+bench() {
+  local name=$1 limit=$2 left=$((LIMIT - SECONDS))
+  [ "$limit" -le "$left" ] || limit=$left
+  local seconds=$((limit > 60 ? limit - 30 : 30))
+  step "$name" "$2" "$PYTHON" -m bench "$3" "{\"device\": \"cuda\", \"seconds\": $seconds, \"out\": \"$OUT/$name.json\"${4:+, $4}}"
+}
+
+e2e='"model": "wan2.1-t2v-14b", "random_weights": true'
+run_step() {
+  case $1 in
+    tests)
+      step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels tests/test_attention.py tests/test_dit.py tests/test_bench*.py
+      sed -n '/^== tests$/,$p' "$OUT/log.txt" | tail -60 >"$OUT/tests.txt"
+      ;;
+    e2e-480p) bench e2e-480p 240 e2e "$e2e, \"size\": \"480p\"" ;;
+    ops) bench ops 300 ops "" ;;
+    attention) bench attention 180 attention "" ;;
+    e2e-720p) bench e2e-720p 300 e2e "$e2e, \"size\": \"720p\"" ;;
+    dit) bench dit 400 dit "" ;;
+    e2e-480p-fp8) bench e2e-480p-fp8 180 e2e "$e2e, \"size\": \"480p\", \"precision\": \"fp8\"" ;;
+  esac
+}
+
+[ $# -gt 0 ] || set -- "${steps[@]}"
+for name in "$@"; do
+  if [[ " ${steps[*]} " != *" $name "* ]]; then
+    echo "$name: no such step; there are: ${steps[*]}" >&2
+    exit 2
+  fi
+done
+nvidia-smi -L 2>/dev/null
+for name in "$@"; do run_step "$name"; done
+echo "results in $OUT:" "$OUT"/*
