@@ -62,7 +62,7 @@ Rows input(const Optional& x, const Size& size, More... more) {
 }
 
 // [D] of float32 or bf16.
-inline Table vector(const TensorView& weight, std::int64_t width) {
+inline Table base_row(const TensorView& weight, std::int64_t width) {
   weight.require_shape({width});
   weight.require_unit_last_stride();
   return {nullptr, weight.data(), Type::float32, type_of(weight), 0, 0, 1};
@@ -78,7 +78,7 @@ class FrameTable {
   std::int64_t frames() const { return frame_ ? frame_->size(1) : 1; }
 
   Table table(const Size& size) const {
-    Table rows = base_ ? vector(*base_, size.width) : Table{nullptr, nullptr, Type::float32, Type::float32, 0, 0, 1};
+    Table rows = base_ ? base_row(*base_, size.width) : Table{nullptr, nullptr, Type::float32, Type::float32, 0, 0, 1};
     if (!frame_) return rows;
     frame_->require_rank(3);
     frame_->require_shape({size.batch, frames(), size.width});

@@ -43,8 +43,8 @@ void residual_norm_forward(py::handle x_, py::handle y_, py::handle gate_, py::h
   args.n = output(n, size, type);
   args.gate = gate.table(size);
   args.affine = weight.has_value();
-  args.scale = weight ? vector(*weight, size.width) : scale.table(size);
-  args.shift = bias ? vector(*bias, size.width) : shift.table(size);
+  args.scale = weight ? base_row(*weight, size.width) : scale.table(size);
+  args.shift = bias ? base_row(*bias, size.width) : shift.table(size);
   args.mean = floats(mean, {size.batch, size.tokens});
   args.rstd = floats(rstd, {size.batch, size.tokens});
   args.eps = eps;
@@ -81,7 +81,7 @@ void residual_norm_backward(py::handle dr_, py::handle dn_, py::handle r_, py::h
   if (dy) args.dy = output(*dy, size, args.y.type);
   args.gate = gate.table(size);
   args.affine = weight.has_value();
-  args.scale = weight ? vector(*weight, size.width) : scale.table(size);
+  args.scale = weight ? base_row(*weight, size.width) : scale.table(size);
   args.mean = floats(mean, {size.batch, size.tokens});
   args.rstd = floats(rstd, {size.batch, size.tokens});
   require_together(gate.frames() == scale.frames() || gate.frames() == 1 || scale.frames() == 1,
@@ -117,7 +117,7 @@ void gated_residual_backward(py::handle dr_, py::handle y_, py::handle gate_, py
 void rms_norm_forward(py::handle x_, py::handle weight_, py::handle n_, py::handle rstd_, float eps, int threads) {
   const TensorView x("x", x_), weight("weight", weight_), n("n", n_), rstd("rstd", rstd_);
   const Size size = size_of(x);
-  release_and_run(RmsNormForward{size, input(x, size), output(n, size, type_of(x)), vector(weight, size.width),
+  release_and_run(RmsNormForward{size, input(x, size), output(n, size, type_of(x)), base_row(weight, size.width),
                                  floats(rstd, {size.batch, size.tokens}), eps},
                   checked_threads(threads));
 }
@@ -129,7 +129,7 @@ void rms_norm_backward(py::handle dn_, py::handle x_, py::handle weight_, py::ha
   const Size size = size_of(x);
   const Type type = type_of(x);
   release_and_run(RmsNormBackward{size, input(dn, size, type), input(x, size), output(dx, size, type),
-                                  vector(weight, size.width), floats(rstd, {size.batch, size.tokens}), nullptr},
+                                  base_row(weight, size.width), floats(rstd, {size.batch, size.tokens}), nullptr},
                   all_sums(dweight, size.width), checked_threads(threads));
 }
 
@@ -145,7 +145,7 @@ void qk_rope_forward(py::handle q_, py::handle k_, py::handle weight_q_, py::han
                            rope(cos, sin, frames, height, width, q),
                            {heads(q, q, type), heads(k, q, type)},
                            {heads(q_out, q, type), heads(k_out, q, type)},
-                           {vector(weight_q, size.width), vector(weight_k, size.width)},
+                           {base_row(weight_q, size.width), base_row(weight_k, size.width)},
                            {floats(rstd_q, {size.batch, size.tokens}), floats(rstd_k, {size.batch, size.tokens})},
                            eps};
   if (size.width > 0) release_and_run(args, checked_threads(threads));
@@ -167,7 +167,7 @@ void qk_rope_backward(py::handle dq_, py::handle dk_, py::handle q_, py::handle 
                             {heads(dq, q, type), heads(dk, q, type)},
                             {heads(q, q, type), heads(k, q, type)},
                             {heads(dq_in, q, type), heads(dk_in, q, type)},
-                            {vector(weight_q, size.width), vector(weight_k, size.width)},
+                            {base_row(weight_q, size.width), base_row(weight_k, size.width)},
                             {floats(rstd_q, {size.batch, size.tokens}), floats(rstd_k, {size.batch, size.tokens})},
                             {nullptr, nullptr}};
   const RowSums sums_q = all_sums(dweight_q, size.width), sums_k = all_sums(dweight_k, size.width);
@@ -207,6 +207,24 @@ void gelu(py::handle x_, int threads) {
   release_and_run(Gelu{x.data(), type_of(x)}, x.numel(), checked_threads(threads));
 }
 
+void linear_rows(py::handle x_, py::handle weight_, py::handle bias_, py::handle out_, int threads) {
+  const TensorView x("x", x_), weight("weight", weight_), out("out", out_);
+  const Optional bias = optional("bias", bias_);
+  x.require_rank(2);
+  weight.require_rank(2);
+  weight.require_shape({weight.size(0), x.size(1)});
+  weight.require_unit_last_stride();
+  LinearRows args{x.size(0), x.size(1), weight.size(0), floats(x, {x.size(0), x.size(1)}), {}, nullptr, Type::float32, nullptr};
+  args.weight = {weight.data(), type_of(weight), 0, weight.stride(0)};
+  if (bias) {
+    const Table row = base_row(*bias, args.features);
+    args.bias = row.base;
+    args.bias_type = row.base_type;
+  }
+  args.out = floats(out, {args.rows, args.features});
+  release_and_run(args, checked_threads(threads));
+}
+
 py::list isas() {
   py::list names;
   for (int i = 0; i < kIsas; ++i) {
@@ -229,6 +247,7 @@ void bind_row_ops(py::module_& m) {
   m.def("qk_rope_backward", &qk_rope_backward);
   m.def("guided_euler_step", &guided_euler_step);
   m.def("gelu_", &gelu);
+  m.def("linear_rows", &linear_rows);
   m.def("isas", &isas, "Instruction sets that the row kernels can use here, narrowest first.");
   m.def("isa", &isa, "The one in use: PUSA_NATIVE_ISA, else the widest. ValueError: PUSA_NATIVE_ISA names none of isas().");
   m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"),

@@ -77,9 +77,11 @@ int current_isa() {
   return index;
 }
 
-// Below this many elements, a second thread costs more than it gives.
+// Below this many elements of work for each, a second thread costs more than it gives; for adding up partial sums, below
+// kParallelSums. A block of rows whose sums go to one partial holds kSummedRows or more.
 constexpr std::int64_t kBlockElements = 16'384;
 constexpr std::int64_t kSummedRows = 64;
+constexpr std::int64_t kParallelSums = 1 << 20;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -163,7 +165,7 @@ class Partial {
     if (!own_) return;
     constexpr std::int64_t kColumns = 256;
     const std::int64_t chunks = ceil_div(width_, kColumns), share = blocks_ / sums_.groups;
-    threads = blocks_ * width_ < kBlockElements ? 1 : threads;
+    if (blocks_ * width_ < kParallelSums) threads = 1;
     parallel(sums_.groups * chunks, threads, 0, [&](std::int64_t task, float*) {
       const std::int64_t group = task / chunks, start = task % chunks * kColumns;
       const std::int64_t count = std::min(kColumns, width_ - start);
@@ -252,6 +254,10 @@ void run(const GuidedEulerStep& args, int threads) {
 
 void run(const Gelu& args, std::int64_t numel, int threads) {
   run_spans(args, kernels().gelu, numel, kBlockElements, 0, threads);
+}
+
+void run(const LinearRows& args, int threads) {
+  run_spans(args, kernels().linear_rows, args.features, step_of(args.in), 0, threads);
 }
 
 const char* isa() { return kNames[current_isa()]; }

@@ -128,6 +128,17 @@ struct Gelu {
   Type type;
 };
 
+// out[r] = weight x[r] + bias, each row by itself: the same bits whatever other rows there are. x [R, in], out [R, features]
+// float32 contiguous; weight [features, in], token stride in `weight.token`.
+struct LinearRows {
+  std::int64_t rows, in, features;
+  const float* x;
+  Rows weight;
+  const void* bias;  // null: none
+  Type bias_type;
+  float* out;
+};
+
 // Where sums over rows go: float32 [groups, D], each the sum over an equal share of the rows. null: unwanted.
 struct RowSums {
   float* data;
@@ -148,6 +159,7 @@ void run(const QkRopeForward& args, int threads);
 void run(QkRopeBackward args, RowSums weight_q, RowSums weight_k, int threads);
 void run(const GuidedEulerStep& args, int threads);
 void run(const Gelu& args, std::int64_t numel, int threads);
+void run(const LinearRows& args, int threads);
 
 // Instruction sets: "base", "avx2" (with FMA), "avx512" (F and BW). The widest usable one serves, or the one named by the
 // environment variable PUSA_NATIVE_ISA. Both throw std::invalid_argument for a name that is unknown or unusable here.
@@ -176,7 +188,8 @@ constexpr int kScratchRows = 5;
   DO(qk_rope_forward, QkRopeForward)                 \
   DO(qk_rope_backward, QkRopeBackward)               \
   DO(guided_euler_step, GuidedEulerStep)             \
-  DO(gelu, Gelu)
+  DO(gelu, Gelu)                                     \
+  DO(linear_rows, LinearRows)
 
 #define PUSA_DECLARE(name, Args) void name(const Args& args, Span span, float* scratch);
 namespace base {

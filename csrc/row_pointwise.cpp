@@ -1,4 +1,4 @@
-// gated_residual, guided_euler_step and GELU. Compiled once per instruction set; see row_math.hpp.
+// gated_residual, guided_euler_step, GELU and a linear layer on a few rows. Compiled once per instruction set; see row_math.hpp.
 #include "row_math.hpp"
 
 namespace pusa {
@@ -86,6 +86,24 @@ void gelu_span(const Gelu& a, Span span) {
   });
 }
 
+// span counts output features. A weight row is read from memory once, and from the cache for every further row of x.
+template <class W_, class B>
+void linear_span(const LinearRows& a, Span span) {
+  for (int64_t feature = span.first; feature < span.last; ++feature) {
+    const W_* weight = row<W_>(a.weight, 0, feature);
+    float bias = 0.0f;
+    if (a.bias) bias = load(static_cast<const B*>(a.bias) + feature, First{1})[0];
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const float* x = a.x + r * a.in;
+      Sum product;
+      each(a.in, [&](int64_t i, auto lanes, int chain) PUSA_LAMBDA {
+        product.chain[chain] += load(weight + i, lanes) * load(x + i, lanes);
+      });
+      a.out[r * a.features + feature] = product.total() + bias;
+    }
+  }
+}
+
 }  // namespace
 
 void gated_residual_forward(const GatedResidualForward& args, Span span, float* scratch) {
@@ -108,6 +126,12 @@ void guided_euler_step(const GuidedEulerStep& args, Span span, float*) {
 
 void gelu(const Gelu& args, Span span, float*) {
   with_type(args.type, [&](auto x) { gelu_span<decltype(x)>(args, span); });
+}
+
+void linear_rows(const LinearRows& args, Span span, float*) {
+  with_type(args.weight.type, [&](auto weight) {
+    with_type(args.bias_type, [&](auto bias) { linear_span<decltype(weight), decltype(bias)>(args, span); });
+  });
 }
 
 }  // namespace PUSA_ISA

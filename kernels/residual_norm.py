@@ -75,7 +75,7 @@ def residual_norm_forward_kernel(
             tl.store(rstd + p_row, b_rstd, o_l < L)
         if row_scale is not None:
             b_n = b_n.to(tl.float32)
-            # Of the maximum alone: it is NaN where anything is, for then the whole row is.
+            # Of the maximum alone, which is NaN where r holds one, for then the whole row is NaN.
             b_scale = e4m3_scale(tl.max(tl.abs(b_n), 1, keep_dims=True))
             b_n = to_e4m3(b_n, b_scale)
             tl.store(row_scale + p_row, b_scale, o_l < L)

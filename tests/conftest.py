@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -69,6 +70,19 @@ def golden_meta() -> dict[str, Any]:
     return meta
 
 
+@pytest.fixture(scope="session")
+def interpreter_as_the_hardware() -> None:
+    """Makes Triton's interpreter round to bf16 and fp8 as GPUs do (tests/kernels/interpreter.py)."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return
+    # By its path: importlib mode gives test folders no package to import from.
+    spec = importlib.util.spec_from_file_location("pusa_tests_interpreter", HERE / "kernels" / "interpreter.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.patch()
+
+
 @pytest.fixture(params=["reference", "native", "triton"])
 def ops_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once with each implementation of the ops forced; without a GPU, Triton's in its interpreter."""
@@ -76,6 +90,8 @@ def ops_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
     if reason := ops.backends()[request.param]:
         pytest.skip(f"{request.param}: {reason}")
+    if request.param == "triton":
+        request.getfixturevalue("interpreter_as_the_hardware")
     with ops.use(request.param):
         yield request.param
 

@@ -9,6 +9,7 @@ import torch
 
 from pusa_fast import DiTConfig, WanDiT, ops
 from pusa_fast.kernels import reference
+from pusa_fast.model.dit import Linear
 from pusa_fast.model.fp8 import FP8Linear, block_errors, check_precision, quantize
 from pusa_fast.model.linear import add_lora
 from pusa_fast.testing import make_input, relative_error
@@ -56,7 +57,7 @@ def test_the_blocks_products_are_quantised_and_nothing_else(exact: WanDiT, lossy
     block = {name.removeprefix("blocks.1.") for name, kind in kinds.items() if kind is FP8Linear and "blocks.1." in name}
     assert block == {"self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"}
     assert sum(kind is FP8Linear for kind in kinds.values()) == 6 * CONFIG.num_layers
-    assert kinds["blocks.0.cross_attn.kv"] is torch.nn.Linear and kinds["head.head"] is torch.nn.Linear
+    assert kinds["blocks.0.cross_attn.kv"] is Linear and kinds["head.head"] is Linear
     weight = lossy.blocks[0].self_attn.qkv.weight
     assert weight.dtype == torch.float8_e4m3fn and weight.shape == exact.blocks[0].self_attn.qkv.weight.shape
     assert not any(p.requires_grad for p in lossy.parameters())
@@ -105,7 +106,7 @@ def test_what_cannot_be_quantised_is_refused(exact: WanDiT, lossy: WanDiT) -> No
         quantize(copy.deepcopy(exact))
     with pytest.raises(ValueError, match="quantised to fp8 already"):
         quantize(lossy, emulate=True)
-    with pytest.raises(ValueError, match="the model is torch.float32: load it with dtype=torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"the model is torch\.float32: load it with dtype=torch\.bfloat16"):
         quantize(copy.deepcopy(exact).float(), emulate=True)
     narrow = WanDiT(DiTConfig(dim=64, ffn_dim=72, num_heads=2, num_layers=1, text_dim=24, freq_dim=32)).bfloat16()
     with pytest.raises(ValueError, match="multiples of 16, ffn_dim is 72"):

@@ -48,12 +48,17 @@ class DiTState:
     weights_version: int
 
 
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.num_heads, self.eps = config.num_heads, config.eps
-        self.qkv = nn.Linear(config.dim, 3 * config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
+        self.qkv = Linear(config.dim, 3 * config.dim)
+        self.o = Linear(config.dim, config.dim)
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
 
@@ -69,9 +74,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.num_heads, self.eps = config.num_heads, config.eps
-        self.q = nn.Linear(config.dim, config.dim)
-        self.kv = nn.Linear(config.dim, 2 * config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
+        self.q = Linear(config.dim, config.dim)
+        self.kv = Linear(config.dim, 2 * config.dim)
+        self.o = Linear(config.dim, config.dim)
         self.norm_q = nn.RMSNorm(config.dim, config.eps)
         self.norm_k = nn.RMSNorm(config.dim, config.eps)
 
@@ -92,12 +97,12 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
         )
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         up, _, down = self
-        if type(up) is nn.Linear:  # no adapter, whose output is still to be added
+        if type(up) is Linear:  # no adapter, whose output is still to be added
             hidden = ops.linear_gelu(x_BLD, up.weight, up.bias)
         else:
             hidden = ops.gelu(up(x_BLD), inplace=not torch.is_grad_enabled())
@@ -151,7 +156,7 @@ class Head(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.head = nn.Linear(config.dim, config.out_channels * config.patch_size[1] * config.patch_size[2])
+        self.head = Linear(config.dim, config.out_channels * config.patch_size[1] * config.patch_size[2])
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
 
     def forward(self, x_BLD: Tensor, pending: Pending, t_emb_BFD: Tensor) -> Tensor:
@@ -188,9 +193,9 @@ class WanDiT(nn.Module):
         self._rope = RopeCache(config.head_dim)
         D = config.dim
         self.patch_embedding = nn.Conv3d(config.in_channels, D, config.patch_size, config.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, D), nn.GELU(approximate="tanh"), nn.Linear(D, D))
-        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, D), nn.SiLU(), nn.Linear(D, D))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, D), nn.GELU(approximate="tanh"), Linear(D, D))
+        self.time_embedding = nn.Sequential(Linear(config.freq_dim, D), nn.SiLU(), Linear(D, D))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(D, 6 * D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
         self._initialise()
@@ -293,19 +298,21 @@ class WanDiT(nn.Module):
             rows_SBF = torch.arange(levels_R.numel(), device=levels_R.device).view(timesteps_SBF.shape)
         else:
             levels_R, rows_SBF = torch.unique(timesteps_SBF, return_inverse=True)
-        accumulator = torch.promote_types(self.dtype, torch.float32)
-        layers = (*linears(self.time_embedding), *linears(self.time_projection))
-        weights = [(layer.weight.to(accumulator), layer.bias.to(accumulator)) for layer in layers]
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        first, second, projection = (*linears(self.time_embedding), *linears(self.time_projection))
 
-        def rows_of(some_levels: Tensor) -> tuple[Tensor, Tensor]:
-            first, second, projection = weights
-            hidden_RD = nnf.linear(sinusoid(some_levels, self.config.freq_dim).to(accumulator), *first)
-            t_emb_RD = nnf.linear(nnf.silu(hidden_RD), *second)
-            return t_emb_RD, nnf.linear(nnf.silu(t_emb_RD), *projection)
+        def rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            return function(x) if recording else torch.cat([function(row) for row in torch.split(x, 1)])
+
+        def linear(layer: nn.Linear, x_RD: Tensor) -> Tensor:
+            if not recording:
+                return ops.linear_rows(x_RD, layer.weight, layer.bias)
+            return nnf.linear(x_RD, layer.weight.to(dtype), layer.bias.to(dtype))
 
         with _no_autocast(levels_R.device):
-            groups = [levels_R] if recording else torch.split(levels_R, 1)
-            t_emb_RD, t_mod_RD = (torch.cat(rows) for rows in zip(*map(rows_of, groups), strict=True))
+            embedded_RD = rows(lambda levels: sinusoid(levels, self.config.freq_dim).to(dtype), levels_R)
+            t_emb_RD = linear(second, rows(nnf.silu, linear(first, embedded_RD)))
+            t_mod_RD = linear(projection, rows(nnf.silu, t_emb_RD))
         return t_emb_RD, torch.unflatten(t_mod_RD, 1, (6, -1)), rows_SBF
 
     @torch.no_grad()

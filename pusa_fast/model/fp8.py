@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pusa_fast import ops
 from pusa_fast.model.dit import Block, WanDiT, linears
+from pusa_fast.model.linear import AdaptedLinear
 from pusa_fast.ops.quantize import fp8_reason
 
 Rows = tuple[Tensor, Tensor]  # e4m3 [..., D], float32 scale [..., 1]
@@ -84,8 +85,8 @@ def quantize(dit: WanDiT, emulate: bool = False) -> WanDiT:
     for name, width in (("dim", dit.config.dim), ("ffn_dim", dit.config.ffn_dim)):
         if width % MULTIPLE:
             raise ValueError(f"fp8 products need widths that are multiples of {MULTIPLE}, {name} is {width}")
-    if adapted := [type(layer).__name__ for layer in linears(dit.blocks) if type(layer) is not nn.Linear]:
-        raise ValueError(f"{len(adapted)} projections have unmerged adapters ({adapted[0]}): merge them before quantising")
+    if adapted := sum(isinstance(layer, AdaptedLinear) for layer in linears(dit.blocks)):
+        raise ValueError(f"{adapted} projections have unmerged adapters: merge them before quantising")
     for block in dit.blocks:
         assert isinstance(block, Block)
         for parent, name in (

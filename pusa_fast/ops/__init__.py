@@ -8,7 +8,6 @@ float32 and bf16 on the CPU, plain torch everything else; `ops.use("reference")`
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
 from pusa_fast.kernels import reference
@@ -16,6 +15,7 @@ from pusa_fast.kernels.reference import rope_split
 from pusa_fast.ops import library
 from pusa_fast.ops.backend import BACKENDS, backends, chosen, use
 from pusa_fast.ops.checks import check_float, check_residual, require, shape
+from pusa_fast.ops.products import gelu, linear, linear_gelu, linear_rows
 from pusa_fast.ops.quantize import gelu_quantize_rows, quantize_rows, residual_norm_fp8, scaled_linear
 
 __all__ = [
@@ -25,7 +25,9 @@ __all__ = [
     "gelu",
     "gelu_quantize_rows",
     "guided_euler_step",
+    "linear",
     "linear_gelu",
+    "linear_rows",
     "qk_rope",
     "quantize_rows",
     "residual_norm",
@@ -61,12 +63,8 @@ def residual_norm(
     bases = {"gate_base": gate_base, "scale_base": scale_base, "shift_base": shift_base}
     check_residual("residual_norm", x, y, tables, bases, {"weight": weight, "bias": bias})
     if chosen(x, y) == "reference":
-        return reference.residual_norm(
-            x, y, gate, scale=scale, shift=shift, weight=weight, bias=bias, eps=eps, **bases
-        )
-    r, n, _, _ = library.residual_norm(
-        x, y, gate, gate_base, scale, scale_base, shift, shift_base, weight, bias, eps
-    )
+        return reference.residual_norm(x, y, gate, scale=scale, shift=shift, weight=weight, bias=bias, eps=eps, **bases)
+    r, n, _, _ = library.residual_norm(x, y, gate, gate_base, scale, scale_base, shift, shift_base, weight, bias, eps)
     return (x if y is None else r), n
 
 
@@ -149,24 +147,3 @@ def guided_euler_step(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: floa
         return reference.guided_euler_step(x, v, v_neg, guidance, dsigma)
     out: Tensor = library.guided_euler_step(x, v, v_neg, float(guidance), dsigma)
     return out
-
-
-def gelu(x: Tensor, inplace: bool = False) -> Tensor:
-    """GELU in its tanh form, x's dtype. With `inplace`, inference only, the result may take x's memory: use what returns."""
-    check_float("gelu", x=x)
-    if inplace and chosen(x) == "native" and x.is_contiguous():
-        library.gelu_(x)
-        return x
-    return nnf.gelu(x, approximate="tanh")
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x @ weight^T + bias), tanh form. x [..., I], weight [O, I], bias [O].
-
-    On CUDA, without autograd, the activation rides in the product's epilogue: no pass over memory of its own.
-    """
-    recording = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
-    if not recording and chosen(x) == "triton" and x.device.type != "cpu":
-        rows: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-        return torch.unflatten(rows, 0, x.shape[:-1])
-    return gelu(nnf.linear(x, weight, bias), inplace=not recording)

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
 
@@ -81,8 +81,9 @@ def chosen(x: Tensor, *others: Tensor | None) -> str:
     return "reference"
 
 
-def implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
-    """The module of launchers for these tensors, one of those that have launchers."""
+@contextmanager
+def launchers(x: Tensor, *others: Tensor | None) -> Iterator[ModuleType]:
+    """The module of launchers for these tensors, their device made current: Triton launches on that one, whatever it gets."""
     name = chosen(x, *others)
     module = BACKENDS[name].module
     if module is None:  # torch.ops.pusa_fast called directly
@@ -93,4 +94,5 @@ def implementation(x: Tensor, *others: Tensor | None) -> ModuleType:
     if name == "native" and not native.supports(x, *others):
         dtypes = ", ".join(str(t.dtype) for t in (x, *others) if t is not None)
         raise ValueError(f"native ops take float32 and bfloat16 on the CPU, got {dtypes} on {x.device}")
-    return importlib.import_module(module)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        yield importlib.import_module(module)

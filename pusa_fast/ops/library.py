@@ -1,6 +1,6 @@
 """`torch.ops.pusa_fast.*`: each op's schema, fake and derivative, once for all implementations.
 
-Bodies call the launchers of `backend.implementation`: Triton's (kernels/) or the native CPU code's, which have the same
+Bodies call what `backend.launchers` chooses: Triton's (kernels/) or the native CPU code's, which have the same
 names and arguments. Arguments are trusted; `pusa_fast.ops` has checked them. A tensor that an op may leave out comes back
 empty, since an operator's schema has no optional result.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from pusa_fast.ops.backend import implementation
+from pusa_fast.ops.backend import launchers
 
 Tensors = tuple[Tensor, ...]
 
@@ -57,16 +57,15 @@ def residual_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(r, n, mean, rstd): r empty where y is None; mean and rstd [B, L], what the backward pass needs of the norm."""
-    r, n, mean, rstd = implementation(x, y).residual_norm_forward(
-        x, y, gate, gate_base, scale, scale_base, shift, shift_base, weight, bias, eps
-    )
+    with launchers(x, y) as run:
+        r, n, mean, rstd = run.residual_norm_forward(
+            x, y, gate, gate_base, scale, scale_base, shift, shift_base, weight, bias, eps
+        )
     return (x.new_empty(0) if r is None else r), n, mean, rstd
 
 
 @residual_norm.register_fake
-def _(
-    x: Tensor, y: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, y: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stats = [x.new_empty(x.shape[:2], dtype=_accumulator(x)) for _ in range(2)]
     return (x.new_empty(0) if y is None else _contiguous_like(x)), _contiguous_like(x), stats[0], stats[1]
 
@@ -92,9 +91,23 @@ def residual_norm_backward(
 
     y is only read, and only given, where the gate's gradient is wanted: training with frozen tables does not save it.
     """
-    results = implementation(r, y, dn, dr).residual_norm_backward(
-        dr, dn, r, y, gate, gate_base, scale, scale_base, weight, mean, rstd, want_gate, want_modulation, want_affine
-    )
+    with launchers(r, y, dn, dr) as run:
+        results = run.residual_norm_backward(
+            dr,
+            dn,
+            r,
+            y,
+            gate,
+            gate_base,
+            scale,
+            scale_base,
+            weight,
+            mean,
+            rstd,
+            want_gate,
+            want_modulation,
+            want_affine,
+        )
     dx, dy, dgate, dscale, dshift, dweight, dbias = _or_empty(results, r)
     return dx, dy, dgate, dscale, dshift, dweight, dbias
 
@@ -186,7 +199,8 @@ residual_norm.register_autograd(_residual_norm_backward, setup_context=_residual
 @custom_op("pusa_fast::gated_residual", mutates_args=())
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None, gate_base: Tensor | None) -> Tensor:
     """x + (gate[f] + gate_base) * y."""
-    out: Tensor = implementation(x, y).gated_residual_forward(x, y, gate, gate_base)
+    with launchers(x, y) as run:
+        out: Tensor = run.gated_residual_forward(x, y, gate, gate_base)
     return out
 
 
@@ -200,7 +214,8 @@ def gated_residual_backward(
     dr: Tensor, y: Tensor | None, gate: Tensor | None, gate_base: Tensor | None, want_gate: bool
 ) -> tuple[Tensor, Tensor]:
     """(dy, dgate as rows [B, F, D]), empty where unwanted; without a gate dy is dr."""
-    results = implementation(dr, y).gated_residual_backward(dr, y, gate, gate_base, want_gate)
+    with launchers(dr, y) as run:
+        results = run.gated_residual_backward(dr, y, gate, gate_base, want_gate)
     dy, dgate = _or_empty(results, dr)
     return dy, dgate
 
@@ -237,7 +252,8 @@ gated_residual.register_autograd(_gated_residual_backward, setup_context=_gated_
 @custom_op("pusa_fast::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(n, rstd [...])."""
-    n, rstd = implementation(x).rms_norm_forward(x, weight, eps)
+    with launchers(x) as run:
+        n, rstd = run.rms_norm_forward(x, weight, eps)
     return n, rstd
 
 
@@ -249,7 +265,8 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 @custom_op("pusa_fast::rms_norm_backward", mutates_args=())
 def rms_norm_backward(dn: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, want_weight: bool) -> tuple[Tensor, Tensor]:
     """(dx, dweight), the latter empty where unwanted."""
-    dx, dweight = _or_empty(implementation(x, dn).rms_norm_backward(dn, x, weight, rstd, want_weight), x)
+    with launchers(x, dn) as run:
+        dx, dweight = _or_empty(run.rms_norm_backward(dn, x, weight, rstd, want_weight), x)
     return dx, dweight
 
 
@@ -286,9 +303,8 @@ def qk_rope(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, k, rstd_q, rstd_k) from the q and k views [B, L, H, K] of a packed projection; statistics [B, L]."""
-    q_out, k_out, rstd_q, rstd_k = implementation(q).qk_rope_forward(
-        q, k, weight_q, weight_k, cos, sin, tuple(grid), eps, False
-    )
+    with launchers(q) as run:
+        q_out, k_out, rstd_q, rstd_k = run.qk_rope_forward(q, k, weight_q, weight_k, cos, sin, tuple(grid), eps, False)
     return q_out, k_out, rstd_q, rstd_k
 
 
@@ -310,7 +326,8 @@ def qk_rope_(
     eps: float,
 ) -> None:
     """`qk_rope` that writes into q and k: the inference twin, without a derivative."""
-    implementation(q).qk_rope_forward(q, k, weight_q, weight_k, cos, sin, tuple(grid), eps, True)
+    with launchers(q) as run:
+        run.qk_rope_forward(q, k, weight_q, weight_k, cos, sin, tuple(grid), eps, True)
 
 
 @qk_rope_.register_fake
@@ -334,9 +351,10 @@ def qk_rope_backward(
     want_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dweight_q, dweight_k) with respect to the inputs of `qk_rope`; the last two empty where unwanted."""
-    results = implementation(q, dq, dk).qk_rope_backward(
-        dq, dk, q, k, weight_q, weight_k, cos, sin, tuple(grid), rstd_q, rstd_k, want_weights
-    )
+    with launchers(q, dq, dk) as run:
+        results = run.qk_rope_backward(
+            dq, dk, q, k, weight_q, weight_k, cos, sin, tuple(grid), rstd_q, rstd_k, want_weights
+        )
     dq_in, dk_in, dweight_q, dweight_k = _or_empty(results, q)
     return dq_in, dk_in, dweight_q, dweight_k
 
@@ -382,7 +400,8 @@ qk_rope.register_autograd(_qk_rope_backward, setup_context=_qk_rope_setup)
 @custom_op("pusa_fast::guided_euler_step", mutates_args=())
 def guided_euler_step(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: float, dsigma: Tensor) -> Tensor:
     """Inference only: no derivative."""
-    out: Tensor = implementation(x, v, v_neg).guided_euler_step(x, v, v_neg, guidance, dsigma)
+    with launchers(x, v, v_neg) as run:
+        out: Tensor = run.guided_euler_step(x, v, v_neg, guidance, dsigma)
     return out
 
 
@@ -394,9 +413,23 @@ def _(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: float, dsigma: Tenso
 @custom_op("pusa_fast::gelu_", mutates_args=("x",))
 def gelu_(x: Tensor) -> None:
     """Tanh GELU in place; native code only (CUDA has it in the product's epilogue)."""
-    implementation(x).gelu_(x)
+    with launchers(x) as run:
+        run.gelu_(x)
 
 
 @gelu_.register_fake
 def _(x: Tensor) -> None:
     return None
+
+
+@custom_op("pusa_fast::linear_rows", mutates_args=())
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [R, I] W^T + b in float32, each row by itself; native code only. Inference only."""
+    with launchers(x) as run:
+        out: Tensor = run.linear_rows(x, weight, bias)
+    return out
+
+
+@linear_rows.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)

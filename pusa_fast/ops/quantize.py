@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from pusa_fast.kernels import reference
-from pusa_fast.ops.backend import chosen, implementation
+from pusa_fast.ops.backend import chosen, launchers
 from pusa_fast.ops.checks import check_float, check_residual, require
 
 
@@ -34,13 +34,15 @@ def _row_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @custom_op("pusa_fast::quantize_rows", mutates_args=())
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    q, scale = implementation(x).quantize_rows(x)
+    with launchers(x) as run:
+        q, scale = run.quantize_rows(x)
     return q, scale
 
 
 @custom_op("pusa_fast::gelu_quantize_rows", mutates_args=())
 def _gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    q, scale = implementation(x).gelu_quantize_rows(x)
+    with launchers(x) as run:
+        q, scale = run.gelu_quantize_rows(x)
     return q, scale
 
 
@@ -59,9 +61,10 @@ def _residual_norm_fp8(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(r, q, row_scale); r empty where y is None."""
-    r, q, row_scale = implementation(x, y).residual_norm_fp8_forward(
-        x, y, gate, gate_base, scale, scale_base, shift, shift_base, weight, bias, eps
-    )
+    with launchers(x, y) as run:
+        r, q, row_scale = run.residual_norm_fp8_forward(
+            x, y, gate, gate_base, scale, scale_base, shift, shift_base, weight, bias, eps
+        )
     return (x.new_empty(0) if r is None else r), q, row_scale
 
 
@@ -115,9 +118,7 @@ def residual_norm_fp8(
     if chosen(x, y) != "triton":
         r, n = reference.residual_norm(x, y, gate, scale=scale, shift=shift, weight=weight, bias=bias, eps=eps, **bases)
         return r, reference.quantize_rows(n)
-    r, q, row_scale = _residual_norm_fp8(
-        x, y, gate, gate_base, scale, scale_base, shift, shift_base, weight, bias, eps
-    )
+    r, q, row_scale = _residual_norm_fp8(x, y, gate, gate_base, scale, scale_base, shift, shift_base, weight, bias, eps)
     return (x if y is None else r), (q, row_scale)
 
 

@@ -1,13 +1,10 @@
-"""The implementations that are held to the same tests, and Triton's interpreter as the hardware would have it."""
+"""The implementations that are held to the same tests."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,15 +14,8 @@ from torch import Tensor
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _interpreter_as_the_hardware() -> None:
-    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
-        return
-    # By its path: importlib mode gives test folders no package to import from.
-    spec = importlib.util.spec_from_file_location("pusa_tests_interpreter", Path(__file__).parent / "interpreter.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.patch()
+def _interpreter(interpreter_as_the_hardware: None) -> None:
+    """For every test of this folder."""
 
 
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

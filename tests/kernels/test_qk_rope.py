@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,8 +20,10 @@ from pusa_fast.testing import assert_within_budget, make_input
 pytest.importorskip("triton")
 
 EPS = 1e-6
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-NATIVE_DTYPES = [torch.float32, torch.bfloat16]
+TYPED = [("triton", t) for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
+TYPED += [("native", t) for t in (torch.float32, torch.bfloat16)]
+each_dtype = pytest.mark.parametrize(("kernels", "dtype"), TYPED, ids=str, indirect=["kernels"])
+triton_only = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 # (F, h, w), heads, width of a head
 SHAPES = [
     ((1, 1, 1), 1, 2),
@@ -31,26 +34,6 @@ SHAPES = [
     ((1, 2, 3), 6, 128),
     ((2, 1, 2), 1, 256),
 ]
-
-
-@pytest.fixture(params=["triton", "native"])
-def kernels(request: pytest.FixtureRequest) -> Any:
-    """A module with `qk_rope_forward` and `qk_rope_backward`."""
-    if request.param == "triton":
-        return importlib.import_module("pusa_fast.kernels.qk_rope")
-    native = importlib.import_module("pusa_fast.ops.native")
-    if reason := native.available():
-        pytest.skip(f"native: {reason}")
-    return native
-
-
-def device_of(kernels: Any) -> str:
-    return "cuda" if torch.cuda.is_available() and kernels.__name__.endswith("qk_rope") else "cpu"
-
-
-def skip_unless_taken(kernels: Any, dtype: torch.dtype) -> None:
-    if kernels.__name__.endswith("native") and dtype not in NATIVE_DTYPES:
-        pytest.skip(f"native code has no {dtype}")
 
 
 class Inputs(NamedTuple):
@@ -102,7 +85,7 @@ def make(
     return Inputs(qkv, *weights, *angles, grid)
 
 
-def forward(kernels: Any, given: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(kernels: ModuleType, given: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     results: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.qk_rope_forward(*given.arguments(), EPS, False)
     return results
 
@@ -129,11 +112,12 @@ def plain(given: Inputs) -> list[Tensor]:
     return results
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize(("grid", "heads", "width"), SHAPES, ids=str)
-def test_forward(kernels: Any, grid: tuple[int, int, int], heads: int, width: int, dtype: torch.dtype) -> None:
-    skip_unless_taken(kernels, dtype)
-    given = make(grid, heads, width, dtype, device_of(kernels))
+def test_forward(
+    kernels: ModuleType, device: str, grid: tuple[int, int, int], heads: int, width: int, dtype: torch.dtype
+) -> None:
+    given = make(grid, heads, width, dtype, device)
     *outs, rstd_q, rstd_k = forward(kernels, given)
     for out, low, exact in zip(outs, plain(given), oracle(given), strict=True):
         assert out.dtype == dtype and out.is_contiguous()
@@ -144,8 +128,8 @@ def test_forward(kernels: Any, grid: tuple[int, int, int], heads: int, width: in
         check(rstd, *(torch.rsqrt(s + EPS) for s in squares))
 
 
-def test_another_dtype_of_weights_and_tables(kernels: Any) -> None:
-    given = make((2, 1, 3), 2, 10, torch.bfloat16, device_of(kernels))
+def test_another_dtype_of_weights_and_tables(kernels: ModuleType, device: str) -> None:
+    given = make((2, 1, 3), 2, 10, torch.bfloat16, device)
     mixed = given._replace(weight_q=given.weight_q.bfloat16(), weight_k=given.weight_k.bfloat16())
     for out, low, exact in zip(forward(kernels, mixed)[:2], plain(mixed), oracle(mixed), strict=True):
         check(out, low, exact)
@@ -178,9 +162,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(kernels: Any, layout: str, inplace: bool) -> None:
+def test_any_strides(kernels: ModuleType, device: str, layout: str, inplace: bool) -> None:
     """NaN lies between the elements; the values are those of the packed projection, bit for bit."""
-    given = make((2, 1, 3), 3, 10, device=device_of(kernels))
+    given = make((2, 1, 3), 3, 10, device=device)
     q, k = LAYOUTS[layout](given.q), LAYOUTS[layout](given.k.clone())
     results = kernels.qk_rope_forward(q, k, *given[1:], EPS, inplace)
     for result, expected in zip(results, forward(kernels, given), strict=True):
@@ -190,8 +174,8 @@ def test_any_strides(kernels: Any, layout: str, inplace: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_inplace_is_the_functional_op_and_leaves_v_alone(kernels: Any, dtype: torch.dtype) -> None:
-    given = make((3, 2, 5), 5, 16, dtype, device_of(kernels))
+def test_inplace_is_the_functional_op_and_leaves_v_alone(kernels: ModuleType, device: str, dtype: torch.dtype) -> None:
+    given = make((3, 2, 5), 5, 16, dtype, device)
     given.qkv[:, :, 2] = math.nan
     expected = forward(kernels, given)
     before = given.qkv.clone()
@@ -214,7 +198,7 @@ def gradients(
     return packed[:, :, 0], packed[:, :, 1], weight_q, weight_k
 
 
-def backward(kernels: Any, given: Inputs, dq: Tensor, dk: Tensor, want_weights: bool) -> tuple[Any, ...]:
+def backward(kernels: ModuleType, given: Inputs, dq: Tensor, dk: Tensor, want_weights: bool) -> tuple[Any, ...]:
     rstd = forward(kernels, given)[2:]
     results: tuple[Any, ...] = kernels.qk_rope_backward(dq, dk, *given.arguments(), *rstd, want_weights)
     return results
@@ -235,11 +219,12 @@ def check_gradients(given: Inputs, results: tuple[Any, ...], dq: Tensor, dk: Ten
         check(result, rounded.to(expected), value, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize(("grid", "heads", "width"), SHAPES, ids=str)
-def test_backward(kernels: Any, grid: tuple[int, int, int], heads: int, width: int, dtype: torch.dtype) -> None:
-    skip_unless_taken(kernels, dtype)
-    given = make(grid, heads, width, dtype, device_of(kernels))
+def test_backward(
+    kernels: ModuleType, device: str, grid: tuple[int, int, int], heads: int, width: int, dtype: torch.dtype
+) -> None:
+    given = make(grid, heads, width, dtype, device)
     dq, dk = output_gradients(given)
     check_gradients(given, results := backward(kernels, given, dq, dk, True), dq, dk)
     frozen = backward(kernels, given, dq, dk, False)
@@ -248,8 +233,8 @@ def test_backward(kernels: Any, grid: tuple[int, int, int], heads: int, width: i
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_backward_takes_any_strides(kernels: Any, layout: str) -> None:
-    given = make((2, 1, 3), 3, 10, device=device_of(kernels))
+def test_backward_takes_any_strides(kernels: ModuleType, device: str, layout: str) -> None:
+    given = make((2, 1, 3), 3, 10, device=device)
     dq, dk = output_gradients(given)
     expected = backward(kernels, given, dq, dk, True)
     place, rstd = LAYOUTS[layout], forward(kernels, given)[2:]
@@ -258,29 +243,29 @@ def test_backward_takes_any_strides(kernels: Any, layout: str) -> None:
         assert torch.equal(result, value)
 
 
-def test_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+@triton_only
+def test_many_programs(kernels: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter would take the whole of these shapes as one tile: cut them as a GPU does, and finer."""
     module = importlib.import_module("pusa_fast.kernels.qk_rope")
     launches: list[int] = []
 
     def few_tokens(rows: int, width: int, per_thread: int) -> Any:
-        launch = importlib.import_module("pusa_fast.kernels._launch").RowLaunch(4, 0, 1, -(-rows // 4))
-        launches.append(launch.programs)
-        return launch
+        launches.append(programs := -(-rows // 4))
+        return importlib.import_module("pusa_fast.kernels._launch").RowLaunch(4, 0, 1, programs)
 
     monkeypatch.setattr(module, "row_launch", few_tokens)
     monkeypatch.setattr(module, "_PARTIAL_SUMS", 3)  # 3 tiles a program, and a last one with fewer
-    given = make((3, 2, 5), 3, 6, device=device_of(module))
+    given = make((3, 2, 5), 3, 6, device=device)
     dq, dk = output_gradients(given)
-    for out, low, exact in zip(forward(module, given)[:2], plain(given), oracle(given), strict=True):
+    for out, low, exact in zip(forward(kernels, given)[:2], plain(given), oracle(given), strict=True):
         check(out, low, exact)
-    check_gradients(given, backward(module, given, dq, dk, True), dq, dk)
+    check_gradients(given, backward(kernels, given, dq, dk, True), dq, dk)
     assert set(launches) == {8}
 
 
-def test_empty(kernels: Any) -> None:
+def test_empty(kernels: ModuleType, device: str) -> None:
     for batch, grid in ((0, (1, 2, 3)), (2, (0, 2, 3))):
-        given = make(grid, 2, 4, device=device_of(kernels), batch=batch)
+        given = make(grid, 2, 4, device=device, batch=batch)
         results = forward(kernels, given)
         assert [t.shape for t in results] == [given.q.shape] * 2 + [given.q.shape[:2]] * 2
         dq, dk, *weights = backward(kernels, given, given.q, given.k, True)
@@ -288,10 +273,10 @@ def test_empty(kernels: Any) -> None:
         assert all(torch.equal(w, torch.zeros_like(given.weight_q)) for w in weights)
 
 
-def test_offsets_beyond_31_bits(kernels: Any) -> None:
+def test_offsets_beyond_31_bits(kernels: ModuleType, device: str) -> None:
     """Three tokens 2^30 elements apart: 4 GiB of addresses, of which a few pages are touched."""
-    given = make((1, 1, 3), 2, 6, torch.bfloat16, device_of(kernels), batch=1)
-    far = torch.empty(2 * 2**30 + 64, dtype=torch.bfloat16, device=given.qkv.device)
+    given = make((1, 1, 3), 2, 6, torch.bfloat16, device, batch=1)
+    far = torch.empty_strided((2 * 2**30 + 64,), (1,), dtype=torch.bfloat16, device=device)
     q, k = (far.as_strided(given.q.shape, (0, 2**30, 6, 1), start) for start in (0, 32))
     q.copy_(given.q), k.copy_(given.k)
     expected = forward(kernels, given)
@@ -303,10 +288,10 @@ def test_offsets_beyond_31_bits(kernels: Any) -> None:
         assert torch.equal(result, value)
 
 
-def test_rows_that_are_too_wide() -> None:
-    module = importlib.import_module("pusa_fast.kernels.qk_rope")
+@triton_only
+def test_rows_that_are_too_wide(kernels: ModuleType) -> None:
     with pytest.raises(ValueError, match="at most 16384 elements, got 16640"):
-        forward(module, make((1, 1, 1), 65, 256, batch=1))
+        forward(kernels, make((1, 1, 1), 65, 256, batch=1))
 
 
 def public(given: Inputs) -> tuple[Tensor, Tensor, Tensor]:

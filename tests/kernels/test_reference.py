@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +24,12 @@ FORMS: dict[str, tuple[str, ...]] = {
     "first block": ("scale", "shift"),
     "bare": (),
 }
+
+
+@pytest.fixture(autouse=True)
+def _reference() -> Iterator[None]:
+    with ops.use("reference"):
+        yield
 
 
 def naive_residual_norm(x: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:

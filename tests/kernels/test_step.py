@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,30 +20,12 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 GUIDANCE = 3.7  # no float32 number
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-NATIVE_DTYPES = [torch.float32, torch.bfloat16]
+TYPED = [("triton", t) for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)]
+TYPED += [("native", t) for t in (torch.float32, torch.bfloat16)]
+each_dtype = pytest.mark.parametrize(("kernels", "dtype"), TYPED, ids=str, indirect=["kernels"])
+triton_only = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 4, 2, 5), (1, 2, 3, 7, 1), (2, 1, 2, 16, 8), (1, 2, 2, 33, 65)]  # B, C, F, h, w
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
-
-
-@pytest.fixture(params=["triton", "native"])
-def kernels(request: pytest.FixtureRequest) -> Any:
-    """A module with `guided_euler_step`."""
-    if request.param == "triton":
-        return importlib.import_module("pusa_fast.kernels.step")
-    native = importlib.import_module("pusa_fast.ops.native")
-    if reason := native.available():
-        pytest.skip(f"native: {reason}")
-    return native
-
-
-def device_of(kernels: Any) -> str:
-    return "cuda" if torch.cuda.is_available() and kernels.__name__.endswith("step") else "cpu"
-
-
-def skip_unless_taken(kernels: Any, *dtypes: torch.dtype) -> None:
-    if kernels.__name__.endswith("native") and not set(dtypes) <= set(NATIVE_DTYPES):
-        pytest.skip(f"native code has no {dtypes}")
 
 
 def make(
@@ -63,7 +45,7 @@ def plain(x: Tensor, v: Tensor, v_neg: Tensor | None, dsigma: Tensor) -> Tensor:
     return (x + velocity * dsigma[:, None, None]).to(x.dtype)
 
 
-def check(kernels: Any, x: Tensor, v: Tensor, v_neg: Tensor | None, dsigma: Tensor) -> Tensor:
+def check(kernels: ModuleType, x: Tensor, v: Tensor, v_neg: Tensor | None, dsigma: Tensor) -> Tensor:
     result: Tensor = kernels.guided_euler_step(x, v, v_neg, GUIDANCE, dsigma)
     doubles = (None if t is None else t.double() for t in (x, v, v_neg))
     exact = reference.guided_euler_step(*doubles, GUIDANCE, dsigma.double())  # type: ignore[arg-type]
@@ -77,17 +59,16 @@ def check(kernels: Any, x: Tensor, v: Tensor, v_neg: Tensor | None, dsigma: Tens
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("velocity", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_step(kernels: Any, dtype: torch.dtype, velocity: torch.dtype, guided: bool) -> None:
-    skip_unless_taken(kernels, dtype, velocity)
+@each_dtype
+def test_step(kernels: ModuleType, device: str, dtype: torch.dtype, velocity: torch.dtype, guided: bool) -> None:
     for shape in SHAPES:
-        x, v, v_neg, dsigma = make(shape, dtype, velocity, device_of(kernels))
+        x, v, v_neg, dsigma = make(shape, dtype, velocity, device)
         check(kernels, x, v, v_neg if guided else None, dsigma)
 
 
-def test_the_frame_of_a_pixel(kernels: Any) -> None:
+def test_the_frame_of_a_pixel(kernels: ModuleType, device: str) -> None:
     """As many frames as channels, batches, rows and columns: only the third axis counts."""
-    x = torch.zeros(3, 3, 3, 3, 3, device=device_of(kernels))
+    x = torch.zeros(3, 3, 3, 3, 3, device=device)
     v = torch.ones_like(x)
     dsigma = torch.tensor([-1.0, -2.0, -3.0], device=x.device)
     expected = dsigma[None, None, :, None, None].expand_as(x)
@@ -95,11 +76,10 @@ def test_the_frame_of_a_pixel(kernels: Any) -> None:
 
 
 @pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_frozen_frames_keep_their_bits(kernels: Any, dtype: torch.dtype, guided: bool) -> None:
+@each_dtype
+def test_frozen_frames_keep_their_bits(kernels: ModuleType, device: str, dtype: torch.dtype, guided: bool) -> None:
     """Negative zeros, NaN payloads and subnormals included, whatever the velocity is."""
-    skip_unless_taken(kernels, dtype)
-    x, v, v_neg, dsigma = make((2, 3, 4, 2, 5), dtype, torch.bfloat16, device_of(kernels))
+    x, v, v_neg, dsigma = make((2, 3, 4, 2, 5), dtype, torch.bfloat16, device)
     frozen = [0, 2]
     dsigma[frozen] = torch.tensor([0.0, -0.0], dtype=dsigma.dtype, device=dsigma.device)
     x[:, :, frozen] = -0.0
@@ -117,9 +97,9 @@ def test_frozen_frames_keep_their_bits(kernels: Any, dtype: torch.dtype, guided:
     assert torch.equal(x.view(BITS[dtype]), before.view(BITS[dtype]))
 
 
-def test_any_strides(kernels: Any) -> None:
+def test_any_strides(kernels: ModuleType, device: str) -> None:
     """Gaps hold NaN; each layout gives the bits of the contiguous one."""
-    x, v, v_neg, dsigma = make((2, 3, 4, 2, 5), torch.float32, torch.float32, device_of(kernels))
+    x, v, v_neg, dsigma = make((2, 3, 4, 2, 5), torch.float32, torch.float32, device)
     expected = check(kernels, x, v, v_neg, dsigma)
 
     def padded(t: Tensor) -> Tensor:
@@ -143,25 +123,26 @@ def test_any_strides(kernels: Any) -> None:
             assert result.is_contiguous()
 
 
-def test_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+@triton_only
+def test_many_programs(kernels: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut as on a GPU, and finer, where the interpreter would take everything as one tile."""
     module = importlib.import_module("pusa_fast.kernels.step")
     monkeypatch.setattr(module, "_INTERPRETER_TILE", 32)
     monkeypatch.setattr(module, "_TILE", 32)
     monkeypatch.setattr(module, "_MAX_BLOCK", 16)
-    check(module, *make((2, 1, 3, 3, 7), torch.float32, torch.float32, device_of(module)))
+    check(kernels, *make((2, 1, 3, 3, 7), torch.float32, torch.float32, device))
 
 
-def test_empty(kernels: Any) -> None:
+def test_empty(kernels: ModuleType, device: str) -> None:
     for shape in ((0, 2, 3, 4, 5), (1, 2, 0, 4, 5), (1, 2, 3, 0, 5)):
-        x, v, v_neg, dsigma = make(shape, torch.float32, torch.float32, device_of(kernels))
+        x, v, v_neg, dsigma = make(shape, torch.float32, torch.float32, device)
         assert kernels.guided_euler_step(x, v, v_neg, GUIDANCE, dsigma).shape == shape
 
 
-def test_offsets_beyond_31_bits(kernels: Any) -> None:
+def test_offsets_beyond_31_bits(kernels: ModuleType, device: str) -> None:
     """Frames 2^30 elements apart: 4 GiB of addresses, of which a few pages are touched."""
-    x, v, v_neg, dsigma = make((1, 1, 3, 2, 5), torch.bfloat16, torch.bfloat16, device_of(kernels))
-    far = torch.empty(2 * 2**30 + 64, dtype=torch.bfloat16, device=x.device)
+    x, v, v_neg, dsigma = make((1, 1, 3, 2, 5), torch.bfloat16, torch.bfloat16, device)
+    far = torch.empty_strided((2 * 2**30 + 64,), (1,), dtype=torch.bfloat16, device=device)
     views = [far.as_strided(x.shape, (0, 0, 2**30, 5, 1), start) for start in (0, 16, 32)]
     for view, values in zip(views, (x, v, v_neg), strict=True):
         view.copy_(values)

@@ -1,0 +1,140 @@
+"""Products with their bias and activation fused: right in every dtype, differentiable where autograd records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from pusa_fast import ops
+from pusa_fast.ops import native, products
+from pusa_fast.testing import assert_within_budget, make_input
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = [name for name, reason in ops.backends().items() if reason is None]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with ops.use(request.param):
+        yield request.param
+
+
+def layer(dtype: torch.dtype, rows: tuple[int, ...] = (2, 5)) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias = make_input(*rows, 48, dtype=dtype), make_input(33, 48, seed=1, dtype=dtype), make_input(33, seed=2, dtype=dtype)
+    return x, weight, bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    return nnf.gelu(x, approximate="tanh")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear(backend: str, dtype: torch.dtype) -> None:
+    x, weight, bias = layer(dtype)
+    for given in ((x, weight, bias), (x, weight, None), (x[0, 0], weight, bias), (x[:, ::2], weight, bias), (x[:0], weight, bias)):
+        exact = nnf.linear(*(None if t is None else t.double() for t in given))
+        out = ops.linear(*given)
+        assert out.dtype == dtype and out.shape == exact.shape
+        assert_within_budget(out, nnf.linear(*given), exact)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_gelu(backend: str, dtype: torch.dtype) -> None:
+    given = layer(dtype)
+    exact = gelu(nnf.linear(*(t.double() for t in given)))
+    assert_within_budget(ops.linear_gelu(*given), gelu(nnf.linear(*given)), exact)
+    assert ops.linear_gelu(given[0][:0], *given[1:]).shape == (0, 5, 33)
+
+
+def test_gradients_where_autograd_records(backend: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for function, plain in ((ops.linear, nnf.linear), (ops.linear_gelu, lambda *given: gelu(nnf.linear(*given)))):
+            results = []
+            for call in (function, plain):
+                leaves = [t.requires_grad_() for t in layer(dtype)]
+                results.append(torch.autograd.grad(call(*leaves).float().square().sum(), leaves))
+            for ours, theirs in zip(*results, strict=True):
+                torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(not products._ONEDNN_BF16, reason="no bf16 products in oneDNN here")
+@torch.no_grad()
+def test_bf16_takes_the_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    original = torch.ops.mkldnn._linear_pointwise
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, *rest: object) -> Tensor:
+        seen.append(name)
+        return original(x, weight, bias, name, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watched)
+    given = layer(torch.bfloat16)
+    ops.linear(*given)
+    ops.linear_gelu(*given)
+    assert seen == ["none", "gelu"]
+    with ops.use("reference"):
+        ops.linear(*given)
+    ops.linear(*(t.float() for t in given))
+    assert seen == ["none", "gelu"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 17, 48, 256])
+def test_linear_rows_takes_each_row_alone(backend: str, width: int, dtype: torch.dtype) -> None:
+    x, weight, bias = make_input(7, width), make_input(33, width, seed=1, dtype=dtype), make_input(33, seed=2, dtype=dtype)
+    together = ops.linear_rows(x, weight, bias)
+    assert together.dtype == torch.float32
+    assert_within_budget(together, nnf.linear(x, weight.float(), bias.float()), nnf.linear(*(t.double() for t in (x, weight, bias))))
+    for count in (1, 2, 5):
+        assert torch.equal(ops.linear_rows(x[:count], weight, bias), together[:count])
+    assert torch.equal(ops.linear_rows(x[[3, 3, 3]], weight, bias), together[[3, 3, 3]])
+    torch.testing.assert_close(ops.linear_rows(x, weight), together - bias.float())
+    assert ops.linear_rows(x[:0], weight, bias).shape == (0, 33)
+
+
+def test_linear_rows_reads_strided_weights() -> None:
+    if native.available():
+        pytest.skip(str(native.available()))
+    x, weight = make_input(3, 20), make_input(9, 20, seed=1, padded=True)
+    torch.testing.assert_close(native.linear_rows(x, weight, None), nnf.linear(x, weight))
+    torch.testing.assert_close(native.linear_rows(x, weight.t().contiguous().t(), None), nnf.linear(x, weight))
+    from pusa_fast import _native
+
+    out, capsule = torch.empty(3, 9), torch._C._to_dlpack
+    for bad in (
+        (x[:, :5].contiguous(), weight, None, out),
+        (x, weight, torch.zeros(8), out),
+        (x, weight, None, out[:2]),
+        (x.double(), weight, None, out),
+        (x, weight[0], None, out),
+        (x, weight.half(), None, out),
+    ):
+        with pytest.raises(ValueError, match=r"must"):
+            _native.linear_rows(*(None if t is None else capsule(t) for t in bad), 1)
+
+
+def test_linear_rows_is_one_op_under_compile() -> None:
+    given = make_input(3, 20), make_input(9, 20, seed=1), make_input(9, seed=2)
+    compiled = torch.compile(ops.linear_rows, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*given), ops.linear_rows(*given))
+    if not native.available():
+        torch.library.opcheck(torch.ops.pusa_fast.linear_rows, given)
+
+
+@pytest.mark.parametrize("isa", [] if native.available() else native._native.isas())
+def test_linear_rows_on_every_instruction_set(isa: str) -> None:
+    before = native._native.isa()
+    x, weight = make_input(3, 77), make_input(40, 77, seed=1, dtype=torch.bfloat16)
+    try:
+        native._native.set_isa(isa)
+        out = native.linear_rows(x, weight, None)
+    finally:
+        native._native.set_isa(before)
+    assert_within_budget(out, nnf.linear(x, weight.float()), nnf.linear(x.double(), weight.double()))
