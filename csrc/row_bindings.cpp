@@ -98,7 +98,8 @@ void gated_residual_forward(py::handle x_, py::handle y_, py::handle gate_, py::
   const FrameTable gate("gate", gate_, "gate_base", gate_base);
   const Size size = size_of(x);
   const Rows out = output(r, size, type_of(x));
-  release_and_run(GatedResidualForward{size, input(x, size), input(y, size), out, gate.table(size)}, checked_threads(threads));
+  const GatedResidualForward args{size, input(x, size), input(y, size), out, gate.table(size)};
+  release_and_run(args, checked_threads(threads));
 }
 
 void gated_residual_backward(py::handle dr_, py::handle y_, py::handle gate_, py::handle gate_base, py::handle dy_,
@@ -214,7 +215,11 @@ void linear_rows(py::handle x_, py::handle weight_, py::handle bias_, py::handle
   weight.require_rank(2);
   weight.require_shape({weight.size(0), x.size(1)});
   weight.require_unit_last_stride();
-  LinearRows args{x.size(0), x.size(1), weight.size(0), floats(x, {x.size(0), x.size(1)}), {}, nullptr, Type::float32, nullptr};
+  LinearRows args{};
+  args.rows = x.size(0);
+  args.in = x.size(1);
+  args.features = weight.size(0);
+  args.x = floats(x, {args.rows, args.in});
   args.weight = {weight.data(), type_of(weight), 0, weight.stride(0)};
   if (bias) {
     const Table row = base_row(*bias, args.features);
@@ -249,7 +254,7 @@ void bind_row_ops(py::module_& m) {
   m.def("gelu_", &gelu);
   m.def("linear_rows", &linear_rows);
   m.def("isas", &isas, "Instruction sets that the row kernels can use here, narrowest first.");
-  m.def("isa", &isa, "The one in use: PUSA_NATIVE_ISA, else the widest. ValueError: PUSA_NATIVE_ISA names none of isas().");
+  m.def("isa", &isa, "The one in use: PUSA_NATIVE_ISA, else the widest. ValueError: that names none of isas().");
   m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"),
         "Use this one from now on, in the whole process; for tests and measurements. ValueError: not one of isas().");
 }

@@ -26,16 +26,16 @@ void forward(const ResidualNormForward& a, Span span, float* scratch) {
     Sum total;
     if (y) {
       each(D, [&](int64_t i, auto lanes, int chain) PUSA_LAMBDA {
-        const Vec stream = load(x + i, lanes), update = load(y + i, lanes);
+        const Vec stream = read(x + i, lanes), update = read(y + i, lanes);
         const Vec out = gate ? stream + load(gate + i, lanes) * update : stream + update;
         total.chain[chain] += out;
-        store(r + i, out, lanes);
+        write(r + i, out, lanes);
         if constexpr (!kFloat) store(scratch + i, out, lanes);
       });
       if constexpr (kFloat) v = r;
     } else {
       each(D, [&](int64_t i, auto lanes, int chain) PUSA_LAMBDA {
-        const Vec stream = load(x + i, lanes);
+        const Vec stream = read(x + i, lanes);
         total.chain[chain] += stream;
         if constexpr (!kFloat) store(scratch + i, stream, lanes);
       });
@@ -53,10 +53,12 @@ void forward(const ResidualNormForward& a, Span span, float* scratch) {
     if (scale) {
       each(D, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
         const Vec xhat = (load(v + i, lanes) - mean) * rstd;
-        store(n + i, xhat * (one + load(scale + i, lanes)) + load(shift + i, lanes), lanes);
+        write(n + i, xhat * (one + load(scale + i, lanes)) + load(shift + i, lanes), lanes);
       });
     } else {
-      each(D, [&](int64_t i, auto lanes, int) PUSA_LAMBDA { store(n + i, (load(v + i, lanes) - mean) * rstd, lanes); });
+      each(D, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
+        write(n + i, (load(v + i, lanes) - mean) * rstd, lanes);
+      });
     }
     a.mean[i_row] = mean;
     a.rstd[i_row] = rstd;
@@ -87,7 +89,7 @@ void backward(const ResidualNormBackward& a, Span span, float* scratch) {
 
     Sum sum_g, sum_gx;
     each(D, [&](int64_t i, auto lanes, int chain) PUSA_LAMBDA {
-      const Vec xhat = (load(r + i, lanes) - mean) * rstd, d = load(dn + i, lanes);
+      const Vec xhat = (read(r + i, lanes) - mean) * rstd, d = read(dn + i, lanes);
       const Vec g = scale ? d * (one + load(scale + i, lanes)) : d;
       sum_g.chain[chain] += g;
       sum_gx.chain[chain] += g * xhat;
@@ -102,10 +104,10 @@ void backward(const ResidualNormBackward& a, Span span, float* scratch) {
       const Vec xhat = (load(r + i, lanes) - mean) * rstd, d = load(dn + i, lanes);
       const Vec g = scale ? d * (one + load(scale + i, lanes)) : d;
       Vec out = rstd * (g - mean_g - xhat * mean_gx);
-      if (dr) out += load(dr + i, lanes);
-      store(dx + i, out, lanes);
-      if (dy) store(dy + i, out * load(gate + i, lanes), lanes);
-      if (dgate) store(dgate + i, load(dgate + i, lanes) + out * load(y + i, lanes), lanes);
+      if (dr) out += read(dr + i, lanes);
+      write(dx + i, out, lanes);
+      if (dy) write(dy + i, out * load(gate + i, lanes), lanes);
+      if (dgate) store(dgate + i, load(dgate + i, lanes) + out * read(y + i, lanes), lanes);
     });
   }
 }
@@ -120,12 +122,12 @@ void rms_forward(const RmsNormForward& a, Span span, float* scratch) {
     T* n = row<T>(a.n, b, t);
     Sum squares;
     each(D, [&](int64_t i, auto lanes, int chain) PUSA_LAMBDA {
-      const Vec v = load(x + i, lanes);
+      const Vec v = read(x + i, lanes);
       squares.chain[chain] += v * v;
     });
     const float rstd = reciprocal_root(squares.total() / static_cast<float>(D) + a.eps);
     each(D, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
-      store(n + i, load(x + i, lanes) * rstd * load(weight + i, lanes), lanes);
+      write(n + i, load(x + i, lanes) * rstd * load(weight + i, lanes), lanes);
     });
     a.rstd[i_row] = rstd;
   }
@@ -145,14 +147,14 @@ void rms_backward(const RmsNormBackward& a, Span span, float* scratch) {
     const float rstd = a.rstd[i_row];
     Sum sum_gx;
     each(D, [&](int64_t i, auto lanes, int chain) PUSA_LAMBDA {
-      const Vec dxhat = load(dn + i, lanes) * (load(x + i, lanes) * rstd);
+      const Vec dxhat = read(dn + i, lanes) * (read(x + i, lanes) * rstd);
       sum_gx.chain[chain] += dxhat * load(weight + i, lanes);
       if (dweight) store(dweight + i, load(dweight + i, lanes) + dxhat, lanes);
     });
     const float mean_gx = sum_gx.total() / static_cast<float>(D);
     each(D, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
       const Vec xhat = load(x + i, lanes) * rstd, g = load(dn + i, lanes) * load(weight + i, lanes);
-      store(dx + i, rstd * (g - xhat * mean_gx), lanes);
+      write(dx + i, rstd * (g - xhat * mean_gx), lanes);
     });
   }
 }

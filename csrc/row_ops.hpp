@@ -128,8 +128,8 @@ struct Gelu {
   Type type;
 };
 
-// out[r] = weight x[r] + bias, each row by itself: the same bits whatever other rows there are. x [R, in], out [R, features]
-// float32 contiguous; weight [features, in], token stride in `weight.token`.
+// out[r] = weight x[r] + bias, each row by itself: the same bits whatever other rows there are. x [R, in] and out
+// [R, features] float32, contiguous; weight [features, in], its rows weight.token apart.
 struct LinearRows {
   std::int64_t rows, in, features;
   const float* x;
@@ -146,7 +146,7 @@ struct RowSums {
 };
 
 // Entry points: the best kernel for this processor (or the one asked for), on at most `threads` threads. Shapes and memory
-// are trusted; the partials in the arguments are filled in here. Throw std::invalid_argument where PUSA_NATIVE_ISA is wrong.
+// are trusted; the partials in the arguments are filled in here. Throw std::invalid_argument if PUSA_NATIVE_ISA is wrong.
 void run(const ResidualNormForward& args, int threads);
 // `segments`: equal shares of the rows that no block of them crosses, a multiple of every `groups`. From the tables' shapes
 // alone, so that a sum is the same whatever others are wanted.

@@ -1,4 +1,5 @@
-// gated_residual, guided_euler_step, GELU and a linear layer on a few rows. Compiled once per instruction set; see row_math.hpp.
+// gated_residual, guided_euler_step, GELU, and a linear layer on a few rows. Compiled once per instruction set; see
+// row_math.hpp.
 #include "row_math.hpp"
 
 namespace pusa {
@@ -15,8 +16,8 @@ void gated_forward(const GatedResidualForward& a, Span span, float* scratch) {
     T* r = row<T>(a.r, b, t);
     const float* gate = gates.at(b, t);
     each(a.size.width, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
-      const Vec stream = load(x + i, lanes), update = load(y + i, lanes);
-      store(r + i, gate ? stream + load(gate + i, lanes) * update : stream + update, lanes);
+      const Vec stream = read(x + i, lanes), update = read(y + i, lanes);
+      write(r + i, gate ? stream + load(gate + i, lanes) * update : stream + update, lanes);
     });
   }
 }
@@ -34,9 +35,9 @@ void gated_backward(const GatedResidualBackward& a, Span span, float* scratch) {
     Y* dy = row<Y>(a.dy, b, t);
     const float* gate = gates.at(b, t);
     each(D, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
-      const Vec d = load(dr + i, lanes);
-      if (dgate) store(dgate + i, load(dgate + i, lanes) + d * load(y + i, lanes), lanes);
-      store(dy + i, d * load(gate + i, lanes), lanes);
+      const Vec d = read(dr + i, lanes);
+      if (dgate) store(dgate + i, load(dgate + i, lanes) + d * read(y + i, lanes), lanes);
+      write(dy + i, d * load(gate + i, lanes), lanes);
     });
   }
 }
@@ -55,12 +56,12 @@ void euler_step(const GuidedEulerStep& a, Span span) {
     const V* v = static_cast<const V*>(a.v) + plane * a.pixels;
     const V* v_neg = a.v_neg ? static_cast<const V*>(a.v_neg) + plane * a.pixels : nullptr;
     each(a.pixels, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
-      Vec velocity = load(v + i, lanes);
+      Vec velocity = read(v + i, lanes);
       if (v_neg) {
-        const Vec negative = load(v_neg + i, lanes);
+        const Vec negative = read(v_neg + i, lanes);
         velocity = negative + a.guidance * (velocity - negative);
       }
-      store(out + i, load(x + i, lanes) + velocity * dsigma, lanes);
+      write(out + i, read(x + i, lanes) + velocity * dsigma, lanes);
     });
   }
 }
@@ -82,7 +83,7 @@ template <class T>
 void gelu_span(const Gelu& a, Span span) {
   T* x = static_cast<T*>(a.x) + span.first;
   each(span.last - span.first, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
-    store(x + i, gelu_tanh(load(x + i, lanes)), lanes);
+    store(x + i, gelu_tanh(read(x + i, lanes)), lanes);
   });
 }
 
@@ -97,7 +98,7 @@ void linear_span(const LinearRows& a, Span span) {
       const float* x = a.x + r * a.in;
       Sum product;
       each(a.in, [&](int64_t i, auto lanes, int chain) PUSA_LAMBDA {
-        product.chain[chain] += load(weight + i, lanes) * load(x + i, lanes);
+        product.chain[chain] += read(weight + i, lanes) * load(x + i, lanes);
       });
       a.out[r * a.features + feature] = product.total() + bias;
     }

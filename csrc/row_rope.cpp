@@ -63,7 +63,7 @@ void forward(const QkRopeForward& a, Span span, float* scratch) {
       const float* weight = weights[which];
       Sum squares;
       each(D, [&](int64_t i, auto lanes, int chain) PUSA_LAMBDA {
-        const Vec v = load(x + i, lanes);
+        const Vec v = read(x + i, lanes);
         squares.chain[chain] += v * v;
       });
       const float rstd = reciprocal_root(squares.total() / static_cast<float>(D) + a.eps);
@@ -71,7 +71,7 @@ void forward(const QkRopeForward& a, Span span, float* scratch) {
         each(start + period < D ? period : D - start, [&](int64_t j, auto lanes, int) PUSA_LAMBDA {
           const int64_t i = start + j;
           const Vec n = load(x + i, lanes) * rstd * load(weight + i, lanes);
-          store(out + i, n * load(cos + j, lanes) + swap_pairs(n) * load(sin + j, lanes), lanes);
+          write(out + i, n * load(cos + j, lanes) + swap_pairs(n) * load(sin + j, lanes), lanes);
         });
       }
       a.rstd[which][i_row] = rstd;
@@ -110,7 +110,7 @@ void backward(const QkRopeBackward& a, Span span, float* scratch) {
       for (int64_t start = 0; start < D; start += period) {
         each(start + period < D ? period : D - start, [&](int64_t j, auto lanes, int chain) PUSA_LAMBDA {
           const int64_t i = start + j;
-          const Vec d = load(dout + i, lanes), xhat = load(x + i, lanes) * rstd;
+          const Vec d = read(dout + i, lanes), xhat = read(x + i, lanes) * rstd;
           const Vec dn = d * load(cos + j, lanes) - swap_pairs(d) * load(sin + j, lanes);
           const Vec dxhat = dn * load(weight + i, lanes);
           sum_gx.chain[chain] += dxhat * xhat;
@@ -121,7 +121,7 @@ void backward(const QkRopeBackward& a, Span span, float* scratch) {
       const float mean_gx = sum_gx.total() / static_cast<float>(D);
       each(D, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
         const Vec xhat = load(x + i, lanes) * rstd;
-        store(dx + i, rstd * (load(g + i, lanes) - xhat * mean_gx), lanes);
+        write(dx + i, rstd * (load(g + i, lanes) - xhat * mean_gx), lanes);
       });
     }
   }

@@ -178,7 +178,20 @@ def gelu_(dtype: torch.dtype, tokens: int, width: int) -> tuple[Tensors, Callabl
     return found, lambda precision: dict.fromkeys(found, nnf.gelu(x.to(precision), approximate="tanh"))
 
 
-OPS = [residual_norm, affine_norm, gated_residual, rms_norm, qk_rope, guided_euler_step, gelu_]
+def linear_rows(dtype: torch.dtype, tokens: int, width: int) -> tuple[Tensors, Callable[[torch.dtype], Tensors]]:
+    x, weight = make_input(3, width), make_input(tokens * width, width, seed=1, dtype=dtype, padded=True)
+    bias = make_input(tokens * width, seed=2, dtype=dtype)
+    found = {"out": native.linear_rows(x, weight, bias), "no bias": native.linear_rows(x, weight, None)}
+    assert torch.equal(native.linear_rows(x[1:2], weight, bias), found["out"][1:2])  # whatever other rows there are
+
+    def torch_result(precision: torch.dtype) -> Tensors:
+        xp, wp, bp = (t.to(precision) for t in (x, weight, bias))
+        return {"out": nnf.linear(xp, wp, bp), "no bias": nnf.linear(xp, wp)}
+
+    return found, torch_result
+
+
+OPS = [residual_norm, affine_norm, gated_residual, rms_norm, qk_rope, guided_euler_step, gelu_, linear_rows]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -304,7 +317,7 @@ def test_supports() -> None:
 # Wrong arguments, straight into the compiled module. B, L, D = 2, 6, 8; F = 3; H, K = 2, 4.
 SHAPES = {
     **{"rows": (2, 6, 8), "row": (8,), "table": (2, 3, 8), "stats": (2, 6), "heads": (2, 6, 2, 4)},
-    **{"angles": (3, 2), "latent": (1, 2, 3, 4, 4), "frames": (3,)},
+    **{"angles": (3, 2), "latent": (1, 2, 3, 4, 4), "frames": (3,), "matrix": (8, 6), "products": (2, 8)},
 }
 SIGNATURES = {
     "residual_norm_forward": "rows rows table row table row table row - - rows rows stats stats 1e-6 2",
@@ -317,6 +330,7 @@ SIGNATURES = {
     "qk_rope_backward": "heads heads heads heads row row angles angles stats stats heads heads row row 3 1 2 2",
     "guided_euler_step": "latent latent latent frames latent 3.0 2",
     "gelu_": "rows 2",
+    "linear_rows": "stats matrix row products 2",
 }
 
 
