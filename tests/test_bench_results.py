@@ -156,7 +156,7 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
     root = documents(tmp_path, text=marked)
     report.run(root=root)
     empty = (root / "README.md").read_text()
-    assert empty.count("No results yet") == 4 and "Not compiled yet" in empty and "No GPU has measured these yet" in empty
+    assert empty.count("No results yet") == 5 and "Not compiled yet" in empty and "No GPU has measured these yet" in empty
 
     spread = {"median": 2.0, "p20": 1.0, "p80": 3.0}
     attention = {
@@ -177,6 +177,9 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
     write(root / "bench/results/e2e.json", {**e2e, "runs": [clip], "forward": forward, **named})
     compiled = {"kernel": "k", "op": "rms_norm", "variant": "", "model": "14B", "warps": 4, "registers": 64, "spills": 0, "shared": 16}
     write(root / "bench/results/ahead_of_time.json", [{**compiled, "arch": 100}, {**compiled, "arch": 90, "registers": 60}, {**compiled, "arch": 90, "registers": 65, "model": "nano"}])
+    drift = {"psnr_db": {"mean": 35.26, "min": 31.0}, "same_direction": {"mean": 0.75}, "end_apart_px": {"mean": 0.5, "max": 1.25}}
+    numerics = {"model": "nano", "clips_compared": 4, "emulated": True, "blocks": {"fp8": [0.0123, 0.034]}, "clips": {"fp8, t2v": drift}}
+    write(root / "bench/results/numerics.json", {"bench": "numerics", "card": card(), **numerics, **named})
     report.run(root=root)
     full = (root / "README.md").read_text()
     for line in (
@@ -188,6 +191,10 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
         "One forward of 32760 tokens: 2 s (1-3), 1.05 times the 2.4 s",
         "| kernel, 14B | op | warps | sm_90 | sm_100 |",
         "| `k` | rms_norm | 4 | 60 / 0 / 16 | 64 / 0 / 16 |",
+        "| relative error of | block 1 | velocity |",
+        "| fp8 | 0.012 | 0.034 |",
+        "| fp8, t2v | 35.3 (31.0) | 75 % | 0.50 (1.25) |",
+        "nano, 4 clips of each task, against float32. fp8 emulated.",
         "Other sizes (nano): at most 65 registers, 0 spills, 16 bytes",
     ):
         assert line in full, f"{line}\n{full}"

@@ -67,7 +67,9 @@ def test_fp8() -> None:
 
 
 @torch.no_grad()
-def test_inductor_in_earnest() -> None:
-    dit = model()
-    x, t, c = inputs()
-    assert relative_error(compile_blocks(dit, "inductor")(x, t, c), dit(x, t, c)) < 1e-5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inductor_in_earnest(dtype: torch.dtype) -> None:
+    dit = model().to(dtype)
+    x, t, c = inputs(dtype)
+    limit = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    assert relative_error(compile_blocks(dit, "inductor")(x, t, c), dit(x, t, c)) < limit

@@ -1,9 +1,9 @@
 """The ops in C++ for the CPU: makes the outputs, hands tensors over as DLPack capsules. See csrc/row_ops.hpp.
 
-The same launchers as `pusa_fast.kernels.suite`, and `gelu_`, `linear_rows`. Streams (x, y and their gradients) are float32 or bf16, in any
-mixture of x and y; tables too, and those of other float dtypes are converted to float32. PUSA_NATIVE_ISA = base, avx2 or
-avx512 chooses the instruction set, by default the widest; a name that cannot be used here is a ValueError at the first op.
-Results do not depend on the number of threads, which is torch's.
+The same launchers as `pusa_fast.kernels.suite`, and `gelu_` and `linear_rows`. Streams (x, y and their gradients) are
+float32 or bf16, in any mixture of x and y; tables too, and those of other float dtypes are converted to float32.
+PUSA_NATIVE_ISA = base, avx2 or avx512 chooses the instruction set, by default the widest; a name that cannot be used here
+is a ValueError at the first op. Results do not depend on the number of threads, which is torch's.
 """
 
 from __future__ import annotations

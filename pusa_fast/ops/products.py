@@ -30,6 +30,8 @@ def _recording(*tensors: Tensor | None) -> bool:
 
 
 def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if torch.compiler.is_compiling():  # inductor picks products itself, and knows this one with constant weights only
+        return False
     bf16 = x.dtype == weight.dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16)
     return _ONEDNN_BF16 and bf16 and x.is_cpu and x.numel() > 0 and chosen(x) == "native" and not torch.is_autocast_enabled("cpu")
 
