@@ -1,6 +1,6 @@
 """`bench report`: writes the tables between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` from bench/results/*.json.
 
-Figures in README.md, kernels/README.md, bench/README.md and docs/performance.md come from here and are never typed. A table shows
+Figures in README.md, the READMEs of kernels and bench, docs/performance.md and docs/numerics.md come from here and are never typed. A table shows
 the latest result of each machine, GPUs first; runs with --quick are left out.
 """
 
@@ -19,7 +19,7 @@ from bench.registry import FILES, OPS
 Row = dict[str, Any]
 Results = list[Row]
 
-DOCUMENTS = ("README.md", "kernels/README.md", "bench/README.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "kernels/README.md", "bench/README.md", "docs/performance.md", "docs/numerics.md")
 AHEAD_OF_TIME = "ahead_of_time.json"
 _MARKER = re.compile(r"<!-- (?P<close>/?)bench:(?P<name>[a-z0-9_-]+) -->")
 
@@ -240,6 +240,30 @@ def _registers(_: Results, registers: list[Row]) -> str:
     return text
 
 
+def _numerics(results: Results, _: list[Row]) -> str:
+    return _sections(results, "numerics", _numerics_table)
+
+
+def _numerics_table(result: Row) -> str:
+    """Errors of the residual stream by depth, then what they do to clips; every precision against float32."""
+    depth = len(next(iter(result["blocks"].values()))) - 1
+    columns = ("relative error of", *(f"block {i + 1}" for i in range(depth)), "velocity")
+    blocks = [[name, *(f"{error:.2g}" for error in errors)] for name, errors in result["blocks"].items()]
+    clips = [
+        [
+            name,
+            f"{found['psnr_db']['mean']:.1f} ({found['psnr_db']['min']:.1f})",
+            f"{100 * found['same_direction']['mean']:.0f} %",
+            f"{found['end_apart_px']['mean']:.2f} ({found['end_apart_px']['max']:.2f})",
+        ]
+        for name, found in result["clips"].items()
+    ]
+    heads = ("clips", "PSNR dB, mean (worst)", "object goes the same way", "its end position apart, px, mean (worst)")
+    emulated = " fp8 emulated." if result["emulated"] else ""
+    what = f"{result['model']}, {result['clips_compared']} clips of each task, against float32.{emulated}"
+    return f"{markdown(columns, blocks)}\n\n{markdown(heads, clips)}\n\n{what}"
+
+
 _MAIN_MODEL = "14B"
 TABLES: Mapping[str, Callable[[Results, list[Row]], str]] = {
     "ops": _ops,
@@ -248,4 +272,5 @@ TABLES: Mapping[str, Callable[[Results, list[Row]], str]] = {
     "e2e": _e2e,
     "kernels": _kernels,
     "registers": _registers,
+    "numerics": _numerics,
 }

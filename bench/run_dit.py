@@ -25,7 +25,7 @@ from pusa_fast import DiTConfig
 
 Row = dict[str, Any]
 
-# What issue 3 asks of the CPU, at "1.3b-2k" with two blocks and 512 text tokens.
+# The aims on a CPU, at "1.3b-2k" with two blocks and 512 text tokens.
 TARGETS = {"fp32": {"speedup": 1.5, "speedup_scalar": 1.0, "x_floor": 1.3}, "bf16": {"speedup": 1.3, "speedup_scalar": 1.0, "x_floor": 1.3}}
 LAYERS = 40
 DEPTHS = (2, 4)
