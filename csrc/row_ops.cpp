@@ -187,7 +187,9 @@ class Partial {
 
 template <class Args>
 void run_blocks(const Args& args, void (*kernel)(const Args&, Span, float*), const Blocks& blocks, int threads) {
-  parallel(blocks.count, threads, scratch_floats(args.size),
+  const Size& size = args.size;
+  const std::int64_t useful = std::max<std::int64_t>(size.batch * size.tokens / step_of(size.width), 1);
+  parallel(blocks.count, static_cast<int>(std::min<std::int64_t>(threads, useful)), scratch_floats(size),
            [&](std::int64_t block, float* scratch) { kernel(args, blocks.span(block), scratch); });
 }
 

@@ -1,7 +1,7 @@
 """e4m3 rows with one scale each, of x or of its tanh GELU: scale = max(amax, 1e-12) / 448, q = x / scale to nearest even.
 
 x [..., D] of any float dtype, computed in float32; q float8_e4m3fn [..., D]; scale float32 [..., 1]; q * scale ~ x. No
-value saturates, since the largest becomes 448. A row that holds NaN or infinity has scale inf and comes back as NaN.
+value saturates, since the largest becomes 448. A row that holds NaN or infinity comes back as NaN.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every Triton launcher by the name that `pusa_fast.ops.library` calls; the native module has the same names."""
 
-from pusa_fast.kernels.fp8 import check_fp8_device, gelu_quantize_rows, quantize_rows
+from pusa_fast.kernels.fp8 import gelu_quantize_rows, quantize_rows
 from pusa_fast.kernels.norm import rms_norm_backward, rms_norm_forward
 from pusa_fast.kernels.qk_rope import qk_rope_backward, qk_rope_forward
 from pusa_fast.kernels.residual_norm import (
@@ -13,7 +13,6 @@ from pusa_fast.kernels.residual_norm import (
 from pusa_fast.kernels.step import guided_euler_step
 
 __all__ = [
-    "check_fp8_device",
     "gated_residual_backward",
     "gated_residual_forward",
     "gelu_quantize_rows",

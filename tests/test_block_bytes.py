@@ -74,7 +74,7 @@ def count(backend: str, grad: bool = False, fp8: bool = False) -> dict[str, int]
     pending = Pending() if grad else Pending(y, gate, gate_base)
     counter = ByteCounter()
     with torch.set_grad_enabled(grad), ops.use(backend), counter:
-        block(x, pending, t_mod, (k, v), rope, GRID, "fa4")
+        block(x, pending, t_mod, (k, v), rope, GRID, "fa4", grad)
     return counter.bytes
 
 

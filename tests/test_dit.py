@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pusa_fast.config import DiTConfig
 from pusa_fast.model.dit import WanDiT, sinusoid
@@ -266,3 +268,28 @@ def test_the_attention_backend_is_the_models_choice() -> None:
     dit.attention_backend = "nonsense"
     with pytest.raises(ValueError, match="attention backend 'nonsense' does not exist"):
         dit(X, T, C)
+
+
+def test_a_checkpointed_block_gives_the_same_gradients() -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        dit = tiny_dit()
+        if checkpointed:
+            for block in dit.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        dit(*tiny_inputs()).square().sum().backward()
+        gradients.append({name: p.grad for name, p in dit.named_parameters()})
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad, msg=name)
+
+
+@torch.no_grad()
+def test_what_others_hang_on_the_first_layer_of_the_feed_forward_runs() -> None:
+    dit, given = tiny_dit(), tiny_inputs()
+    plain, called = dit(*given), []
+    hook = dit.blocks[0].ffn[0].register_forward_hook(lambda *_: called.append(True))
+    torch.testing.assert_close(dit(*given), plain)
+    hook.remove()
+    up = dit.blocks[0].ffn[0]
+    up.forward = lambda x: 0 * type(up).forward(up, x)
+    assert called and not torch.allclose(dit(*given), plain)

@@ -121,8 +121,28 @@ def test_a_lora_comes_too_late(lossy: WanDiT) -> None:
     lora = {f"blocks.0.self_attn.q.lora_{m}.default.weight": torch.zeros(2, 64).t() if m == "B" else torch.zeros(2, 64) for m in "AB"}
     with pytest.raises(ValueError, match=r"is quantised \(fp8\), its exact weight is gone: put LoRAs on first"):
         apply_lora(lossy, lora)
-    with pytest.raises(ValueError, match="is quantised"):
-        add_lora(lossy, 2)
+    with pytest.raises(ValueError, match="is quantised to fp8, for inference only"):
+        add_lora(lossy, 2, targets=["cross_attn.k"])
+
+
+def test_a_lora_that_keeps_its_base_is_refused(exact: WanDiT) -> None:
+    dit = copy.deepcopy(exact)
+    lora = {f"blocks.0.self_attn.o.lora_{m}.default.weight": torch.zeros(2, 64).t() if m == "B" else torch.zeros(2, 64) for m in "AB"}
+    handle = apply_lora(dit, lora)
+    with pytest.raises(ValueError, match="apply it with keep_base=False"):
+        quantize(dit, emulate=True)
+    handle.remove()
+    quantize(dit, emulate=True)
+
+
+@torch.no_grad()
+def test_casting_leaves_rows_and_scales_alone(lossy: WanDiT) -> None:
+    before = lossy(*inputs())
+    lossy.to(torch.bfloat16)
+    assert lossy.blocks[0].ffn[0].weight.dtype == torch.float8_e4m3fn
+    assert lossy.blocks[0].ffn[0].weight_scale.dtype == torch.float32
+    assert torch.equal(lossy(*inputs()), before)
+    assert copy.deepcopy(lossy).to("meta").blocks[0].ffn[0].weight.is_meta
 
 
 @pytest.mark.parametrize(("capability", "fits"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)])

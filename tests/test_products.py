@@ -147,3 +147,28 @@ def test_linear_rows_on_every_instruction_set(isa: str) -> None:
     finally:
         native._native.set_isa(before)
     assert_within_budget(out, nnf.linear(x, weight.float()), nnf.linear(x.double(), weight.double()))
+
+
+def test_gelu_in_place_leaves_autograd_right(backend: str) -> None:
+    leaf = make_input(3, 7).requires_grad_()
+    (ours,) = torch.autograd.grad(ops.gelu(leaf * 1, inplace=True).sum(), leaf)
+    (theirs,) = torch.autograd.grad(gelu(leaf).sum(), leaf)
+    torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        x = make_input(3, 7)
+        assert torch.equal(ops.gelu(x.clone(), inplace=True), ops.gelu(x, inplace=True))
+
+
+def test_an_empty_batch_goes_backward(backend: str) -> None:
+    x, row = torch.randn(0, 4, 16, requires_grad=True), torch.ones(16)
+    r, n = ops.residual_norm(x, x, gate_base=row, weight=row, bias=row)
+    assert torch.autograd.grad((r.sum() + n.sum() + ops.rms_norm(x, row).sum()), x)[0].shape == x.shape
+    assert ops.rms_norm(torch.randn(0, 4, 32)[..., ::2], row).shape == (0, 4, 16)
+
+
+def test_a_backward_pass_keeps_the_backend_of_its_forward_pass() -> None:
+    x, row = make_input(1, 4, 16).requires_grad_(), torch.ones(16)
+    n = ops.rms_norm(x, row)
+    with ops.use("reference"):
+        n.sum().backward()
+    assert x.grad is not None

@@ -92,6 +92,12 @@ class CrossAttention(nn.Module):
         return y
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer does nothing but its product: no adapter, no hook, no forward put in by others."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is Linear and not hooks and "forward" not in layer.__dict__
+
+
 class FeedForward(nn.Sequential):
     """Linear, tanh GELU, linear: `nn.Sequential`'s parameter names, with the activation fused where it can be."""
 
@@ -102,7 +108,7 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         up, _, down = self
-        if type(up) is Linear:  # no adapter, whose output is still to be added
+        if isinstance(up, nn.Linear) and _is_plain(up):
             hidden = ops.linear_gelu(x_BLD, up.weight, up.bias)
         else:
             hidden = ops.gelu(up(x_BLD), inplace=not torch.is_grad_enabled())
@@ -130,8 +136,9 @@ class Block(nn.Module):
         rope: Rope,
         grid: Grid,
         backend: str = "auto",
+        closed: bool = False,
     ) -> tuple[Tensor, Pending]:
-        """The residual stream before this block -> after it, its last update pending (under autograd: added)."""
+        """The residual stream before this block -> after it, its last update pending, or added if `closed`."""
         frame, own = t_mod_BF6D.unbind(2), self.modulation[0].unbind()
         x, n = self.residual_norm(
             x_BLD,
@@ -147,7 +154,7 @@ class Block(nn.Module):
         y = self.cross_attn(n, cross_kv, backend)
         x, n = self.residual_norm(x, y, **_modulated(frame[3:5], own[3:5]), eps=self.eps)
         y = self.ffn(n)
-        if torch.is_grad_enabled():
+        if closed:
             return ops.gated_residual(x, y, frame[5], own[5]), Pending()
         return x, Pending(y, frame[5], own[5])
 
@@ -254,11 +261,12 @@ class WanDiT(nn.Module):
             raise ValueError(f"x must have the batch {B} and the {F} frames prepared for, got {list(x_BCFhw.shape)}")
         rows_BF = state.rows_SBF[step]
         t_mod_BF6D, t_emb_BFD = state.t_mod_R6D[rows_BF], state.t_emb_RD[rows_BF]
-        rope = self._rope(grid, x_BCFhw.device)
+        rope, recording = self._rope(grid, x_BCFhw.device), torch.is_grad_enabled()
         # Under autocast the products run in bf16 while the residual stream stays in the weights' dtype.
         x_BLD, pending = self._patchify(x_BCFhw.to(self.dtype)).to(self.dtype), Pending()
         for block, cross_kv in zip(self.blocks, state.cross_kv, strict=True):
-            x_BLD, pending = block(x_BLD, pending, t_mod_BF6D, cross_kv, rope, grid, self.attention_backend)
+            # Decided here, once: a checkpoint runs the block again in another gradient mode.
+            x_BLD, pending = block(x_BLD, pending, t_mod_BF6D, cross_kv, rope, grid, self.attention_backend, recording)
         return self._unpatchify(self.head(x_BLD, pending, t_emb_BFD), grid).to(x_BCFhw.dtype)
 
     def _grid(self, x_BCFhw: Tensor) -> Grid:

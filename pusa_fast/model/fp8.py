@@ -9,7 +9,7 @@ cross-attention's keys and values (computed once a run) stay in bf16. What it co
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,15 @@ class FP8Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves between devices; `.to(dtype)` and its like leave rows and scales as they are."""
+        before = {name: getattr(self, name) for name in ("weight", "weight_scale")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            if getattr(self, name).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        return self
 
     def forward(self, x: Tensor | Rows) -> Tensor:
         rows = ops.quantize_rows(x) if isinstance(x, Tensor) else x
@@ -72,9 +81,10 @@ def check_precision(precision: str | None, device: torch.device, dtype: torch.dt
 def quantize(dit: WanDiT, emulate: bool = False) -> WanDiT:
     """Turn the blocks' projections to fp8 in place, for inference; each bf16 weight is freed as its block is done.
 
-    LoRAs go on before (`apply_lora(..., keep_base=False)`); afterwards they are refused. `emulate` allows devices without
-    fp8 products, slowly: for measuring the loss. Raises ValueError for such a device otherwise, for a model that is not
-    bfloat16, is quantised already, has unmerged adapters, or has widths that are no multiples of 16.
+    LoRAs go on before (`apply_lora(..., keep_base=False)`); afterwards they are refused, and so is saving in a published
+    layout. `emulate` allows devices without fp8 products, slowly: for measuring the loss. Raises ValueError for such a
+    device otherwise, for a model that is not bfloat16, is quantised already, has unmerged adapters or LoRAs whose base is
+    kept, or has widths that are no multiples of 16.
     """
     if not emulate and (reason := fp8_reason(dit.device)):
         raise ValueError(reason)
@@ -87,6 +97,8 @@ def quantize(dit: WanDiT, emulate: bool = False) -> WanDiT:
             raise ValueError(f"fp8 products need widths that are multiples of {MULTIPLE}, {name} is {width}")
     if adapted := sum(isinstance(layer, AdaptedLinear) for layer in linears(dit.blocks)):
         raise ValueError(f"{adapted} projections have unmerged adapters: merge them before quantising")
+    if getattr(dit.__dict__.get("_lora_stack"), "layers", None):
+        raise ValueError("a LoRA on this model keeps its base, which quantised weights cannot go back to: apply it with keep_base=False")
     for block in dit.blocks:
         assert isinstance(block, Block)
         for parent, name in (

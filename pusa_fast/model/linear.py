@@ -106,6 +106,8 @@ def add_lora(
     """
     if rank < 1:
         raise ValueError(f"LoRA rank must be at least 1, got {rank}")
+    if dit.precision is not None:
+        raise ValueError(f"this model is quantised to {dit.precision}, for inference only: load it without precision to train")
     if next(_adapters(dit), None):
         raise ValueError("this model already has LoRA adapters: train those, or load the base again")
     paths = {name: at for name, at in _layer_paths(len(dit.blocks)).items() if not name.startswith("time_")}

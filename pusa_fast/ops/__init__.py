@@ -14,7 +14,7 @@ from pusa_fast.kernels import reference
 from pusa_fast.kernels.reference import rope_split
 from pusa_fast.ops import library
 from pusa_fast.ops.backend import BACKENDS, backends, chosen, use
-from pusa_fast.ops.checks import check_float, check_residual, require, shape
+from pusa_fast.ops.checks import check_device, check_float, check_residual, require, shape
 from pusa_fast.ops.products import gelu, linear, linear_gelu, linear_rows
 from pusa_fast.ops.quantize import gelu_quantize_rows, quantize_rows, residual_norm_fp8, scaled_linear
 
@@ -83,6 +83,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None = None, gate_base: 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [..., D], weight [D]; returns x's dtype."""
     check_float("rms_norm", x=x, weight=weight)
+    check_device("rms_norm", x, weight=weight)
     if x.ndim == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight must match x's last dimension: x {shape(x)}, weight {shape(weight)}")
     if chosen(x) == "reference":
@@ -110,6 +111,7 @@ def qk_rope(
     op = "qk_rope"
     require(qkv.ndim == 5 and qkv.shape[2] == 3, op, "qkv must be [B, L, 3, H, K]", qkv)
     check_float(op, qkv=qkv, weight_q=weight_q, weight_k=weight_k, cos=cos, sin=sin)
+    check_device(op, qkv, weight_q=weight_q, weight_k=weight_k, cos=cos, sin=sin)
     L, H, K = qkv.shape[1], qkv.shape[3], qkv.shape[4]
     if K % 2:
         raise ValueError(f"{op}: the head dimension must be even, got {K}")
@@ -120,6 +122,9 @@ def qk_rope(
     for name, table in (("cos", cos), ("sin", sin)):
         fits = table.ndim == 2 and table.shape[0] >= max(grid) and table.shape[1] == K // 2
         require(fits, op, f"{name} must be [P >= {max(grid)}, K/2={K // 2}]", table)
+    require(cos.shape == sin.shape, op, f"sin must have cos's shape {shape(cos)}", sin)
+    if inplace and any(size > 1 and stride == 0 for size, stride in zip(qkv.shape, qkv.stride(), strict=True)):
+        raise ValueError(f"{op}: inplace cannot write to expanded memory, where several elements are one: copy qkv first")
     if inplace and torch.is_grad_enabled() and any(t.requires_grad for t in (qkv, weight_q, weight_k)):
         raise ValueError(f"{op}: inplace has no derivative: leave it out, or run under torch.no_grad()")
     if chosen(qkv) == "reference":
@@ -140,6 +145,7 @@ def guided_euler_step(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: floa
     op = "guided_euler_step"
     require(x.ndim == 5, op, "x must be [B, C, F, h, w]", x)
     check_float(op, x=x, v=v, v_neg=v_neg, dsigma=dsigma)
+    check_device(op, x, v=v, v_neg=v_neg, dsigma=dsigma)
     for name, velocity in (("v", v), ("v_neg", v_neg)):
         require(velocity is None or velocity.shape == x.shape, op, f"{name} must be {shape(x)}", velocity)
     require(dsigma.shape == x.shape[2:3], op, f"dsigma must be [F={x.shape[2]}]", dsigma)

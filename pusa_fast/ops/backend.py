@@ -72,8 +72,10 @@ def use(name: str) -> Iterator[None]:
 
 def chosen(x: Tensor, *others: Tensor | None) -> str:
     """The name of the backend for an op on these tensors. Traceable: torch.compile sees constants."""
-    if _forced is not None:
-        return _forced
+    return _automatic(x, *others) if _forced is None else _forced
+
+
+def _automatic(x: Tensor, *others: Tensor | None) -> str:
     if x.is_cuda:
         return "triton" if _HAS_TRITON else "reference"
     if _NATIVE_REASON is None and native.supports(x, *others):
@@ -85,8 +87,10 @@ def chosen(x: Tensor, *others: Tensor | None) -> str:
 def launchers(x: Tensor, *others: Tensor | None) -> Iterator[ModuleType]:
     """The module of launchers for these tensors, their device made current: Triton launches on that one, whatever it gets."""
     name = chosen(x, *others)
+    if name == "reference":  # forced now, but the forward pass of this backward pass, or a direct caller, chose an operator
+        name = _automatic(x, *others)
     module = BACKENDS[name].module
-    if module is None:  # torch.ops.pusa_fast called directly
+    if module is None:
         raise ValueError(
             f"no kernel of torch.ops.pusa_fast takes {x.dtype} on {x.device} here: call pusa_fast.ops, which falls back "
             "to plain torch"

@@ -24,10 +24,18 @@ def check_float(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} must be a float tensor, got {x.dtype}")
 
 
+def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Every tensor lies where x does. Raises ValueError naming the one that does not."""
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: {name} is on {t.device}, but the op runs on {x.device}: move it there")
+
+
 def check_residual(op: str, x: Tensor, y: Tensor | None, tables: Named, bases: Named, affine: Named) -> None:
     """Arguments of residual_norm and gated_residual; see there. Raises ValueError."""
     require(x.ndim == 3, op, "x must be [B, L, D]", x)
     check_float(op, x=x, y=y, **tables, **bases, **affine)
+    check_device(op, x, y=y, **tables, **bases, **affine)
     B, L, D = x.shape
     require(y is None or y.shape == x.shape, op, f"y must have x's shape {shape(x)}", y)
     given = {name for name in tables if tables[name] is not None or bases[f"{name}_base"] is not None}

@@ -272,7 +272,7 @@ def rms_norm_backward(dn: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, want_
 
 @rms_norm_backward.register_fake
 def _(dn: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, want_weight: bool) -> tuple[Tensor, Tensor]:
-    return _contiguous_like(x), x.new_empty(weight.shape if want_weight else 0, dtype=_accumulator(x))
+    return _contiguous_like(x), x.new_empty(weight.shape, dtype=_accumulator(x)) if want_weight else x.new_empty(0)
 
 
 def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -374,7 +374,9 @@ def _(
     rstd_k: Tensor,
     want_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = [q.new_empty(w.shape if want_weights else 0, dtype=_accumulator(q)) for w in (weight_q, weight_k)]
+    weights = [
+        q.new_empty(w.shape, dtype=_accumulator(q)) if want_weights else q.new_empty(0) for w in (weight_q, weight_k)
+    ]
     return _contiguous_like(q), _contiguous_like(k), weights[0], weights[1]
 
 

@@ -64,6 +64,8 @@ def _unit(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x with a last stride of 1, in `dtype` if given."""
     if dtype is not None and x.dtype != dtype:
         x = x.to(dtype)
+    if not x.numel():  # whose strides `contiguous` would keep
+        return x.new_empty(x.shape)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -231,6 +233,8 @@ def rms_norm_backward(
 
 def _heads(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, L, H, K] whose tokens are rows of width H*K, a copy where they are not."""
+    if not x.numel():
+        return x.new_empty(x.shape, dtype=dtype)
     if x.dtype == dtype and x.stride(3) == 1 and (x.stride(2) == x.shape[3] or x.shape[2] == 1):
         return x
     return x.to(dtype).contiguous()

@@ -29,11 +29,18 @@ def _recording(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _autocasts(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling():  # inductor picks products itself, and knows this one with constant weights only
         return False
     bf16 = x.dtype == weight.dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16)
-    return _ONEDNN_BF16 and bf16 and x.is_cpu and x.numel() > 0 and chosen(x) == "native" and not torch.is_autocast_enabled("cpu")
+    fits = x.is_cpu and x.numel() > 0 and x.shape[-1] == weight.shape[-1]
+    allowed = _ONEDNN_BF16 and torch._C._get_mkldnn_enabled() and not _autocasts(x)
+    return allowed and bf16 and fits and chosen(x) == "native"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -53,7 +60,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     On CUDA, and in bf16 on the CPU, the activation rides in the product's epilogue: no pass over memory of its own.
     """
     recording = _recording(x, weight, bias)
-    if not recording and chosen(x) == "triton" and x.device.type != "cpu":
+    if not recording and chosen(x) == "triton" and not x.is_cpu and not _autocasts(x):
         rows: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
         return torch.unflatten(rows, 0, x.shape[:-1])
     if not recording and _takes_onednn(x, weight, bias):
@@ -75,9 +82,9 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def gelu(x: Tensor, inplace: bool = False) -> Tensor:
-    """GELU in its tanh form, x's dtype. With `inplace`, inference only, the result may take x's memory: use what returns."""
+    """GELU in its tanh form, x's dtype. With `inplace` the result may take x's memory where autograd does not record: use what returns."""
     check_float("gelu", x=x)
-    if inplace and chosen(x) == "native" and native.supports(x) and x.is_contiguous():
+    if inplace and not _recording(x) and chosen(x) == "native" and native.supports(x) and x.is_contiguous():
         library.gelu_(x)
         return x
     return nnf.gelu(x, approximate="tanh")

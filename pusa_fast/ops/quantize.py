@@ -18,13 +18,17 @@ from pusa_fast.ops.checks import check_float, check_residual, require
 
 def fp8_reason(device: torch.device) -> str | None:
     """Why this device cannot multiply e4m3 rows, or None where it can."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return f"fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), not {device}"
     capability = torch.cuda.get_device_capability(device)
     if capability >= (8, 9):
         return None
     name = torch.cuda.get_device_name(device)
     return f"fp8 needs compute capability 8.9 or later (Ada, Hopper, Blackwell); {name} has {capability[0]}.{capability[1]}"
+
+
+def _emulated(x: Tensor) -> bool:
+    return chosen(x) != "triton" or (x.is_cuda and fp8_reason(x.device) is not None)
 
 
 def _row_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +85,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., D] ~ q * scale: q float8_e4m3fn [..., D], scale = max(amax, 1e-12) / 448, float32 [..., 1]. No derivative."""
     check_float("quantize_rows", x=x)
     require(x.ndim > 0, "quantize_rows", "x must be [..., D]", x)
-    if chosen(x) != "triton":
+    if _emulated(x):
         return reference.quantize_rows(x)
     q, scale = _quantize_rows(x)
     return q, scale
@@ -91,7 +95,7 @@ def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize_rows` of the tanh GELU of x, which is not rounded in between."""
     check_float("gelu_quantize_rows", x=x)
     require(x.ndim > 0, "gelu_quantize_rows", "x must be [..., D]", x)
-    if chosen(x) != "triton":
+    if _emulated(x):
         return reference.gelu_quantize_rows(x)
     q, scale = _gelu_quantize_rows(x)
     return q, scale
@@ -115,7 +119,7 @@ def residual_norm_fp8(
     tables = {"gate": gate, "scale": scale, "shift": shift}
     bases = {"gate_base": gate_base, "scale_base": scale_base, "shift_base": shift_base}
     check_residual("residual_norm_fp8", x, y, tables, bases, {"weight": weight, "bias": bias})
-    if chosen(x, y) != "triton":
+    if _emulated(x):
         r, n = reference.residual_norm(x, y, gate, scale=scale, shift=shift, weight=weight, bias=bias, eps=eps, **bases)
         return r, reference.quantize_rows(n)
     r, q, row_scale = _residual_norm_fp8(x, y, gate, gate_base, scale, scale_base, shift, shift_base, weight, bias, eps)
@@ -125,11 +129,11 @@ def residual_norm_fp8(
 def scaled_linear(rows: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
     """(q * scale) @ (w * w_scale)^T + bias in bf16: rows of `quantize_rows` times a weight quantised likewise.
 
-    q [..., I], scale [..., 1]; w [O, I] float8_e4m3fn, w_scale [O, 1]; bias [O]. One scaled_mm on CUDA; elsewhere both
-    are expanded to float32 first.
+    q [..., I], scale [..., 1]; w [O, I] float8_e4m3fn, w_scale [O, 1]; bias [O]. One scaled_mm where the device has fp8 products;
+    elsewhere both are expanded to float32 first.
     """
     (q, scale), (w, w_scale) = rows, weight
-    if q.device.type == "cpu":
+    if q.is_cpu or (q.is_cuda and fp8_reason(q.device) is not None):
         out = nnf.linear(q.float() * scale, w.float() * w_scale, None if bias is None else bias.float())
         return out.to(torch.bfloat16)
     flat: Tensor = torch._scaled_mm(
