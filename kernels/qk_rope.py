@@ -63,7 +63,7 @@ def _pointers(x, i_b, i_t, i_h, i_k):
 
 
 @triton.jit
-def _angles(cos, sin, i_t, h, w, FRAME: tl.constexpr, ROW: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, acc):
+def _angles(cos, sin, i_t, m_t, h, w, FRAME: tl.constexpr, ROW: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, acc):
     """cos, sin [BT, 1, BK/2]: pairs below FRAME turn with the token's frame, the next ROW with its row, the rest with its
     column."""
     i_p = tl.arange(0, BK // 2)[None, None, :]
@@ -71,7 +71,7 @@ def _angles(cos, sin, i_t, h, w, FRAME: tl.constexpr, ROW: tl.constexpr, K: tl.c
     i_f = i_fh // h
     i_position = tl.where(i_p < FRAME, i_f, tl.where(i_p < FRAME + ROW, i_fh - i_f * h, i_t - i_fh * w))
     p_angle = i_position * (K // 2) + i_p
-    m_p = i_p < K // 2
+    m_p = (i_p < K // 2) & m_t  # a token past the end stands past the table
     return tl.load(cos + p_angle, m_p, 0.0).to(acc), tl.load(sin + p_angle, m_p, 0.0).to(acc)
 
 
@@ -104,7 +104,7 @@ def qk_rope_forward_kernel(
     # Read once, while weights and angles serve every token: these go first from the cache.
     b_q = tl.load(_pointers(q, i_b, i_t, i_h, i_k), m_x, 0.0, eviction_policy="evict_first")
     b_k = tl.load(_pointers(k, i_b, i_t, i_h, i_k), m_x, 0.0, eviction_policy="evict_first")
-    b_cos, b_sin = _angles(cos, sin, i_t, h, w, FRAME, ROW, K, BK, acc)
+    b_cos, b_sin = _angles(cos, sin, i_t, m_t, h, w, FRAME, ROW, K, BK, acc)
     b_w = tl.load(weight_q + p_w, m_w, 0.0).to(acc)
     b_out, b_rstd = _norm_rotate(b_q.to(acc), b_w, b_cos, b_sin, eps, H * K)
     tl.store(_pointers(q_out, i_b, i_t, i_h, i_k), b_out.to(b_q.dtype), m_x)
@@ -131,7 +131,7 @@ def qk_rope_backward_kernel(
         b_dout = tl.load(_pointers(dout, i_b, i_t, i_h, i_k), m_x, 0.0, eviction_policy="evict_first").to(acc)
         b_x = tl.load(_pointers(x, i_b, i_t, i_h, i_k), m_x, 0.0, eviction_policy="evict_first").to(acc)
         b_rstd = tl.load(rstd + p_row, m_t, 0.0)
-        b_cos, b_sin = _angles(cos, sin, i_t, h, w, FRAME, ROW, K, BK, acc)
+        b_cos, b_sin = _angles(cos, sin, i_t, m_t, h, w, FRAME, ROW, K, BK, acc)
         b_dn = _rotate(b_dout, b_cos, -b_sin)
         if partial is not None:
             # Not a plain sum, whose zeros the compiler would carry in registers for heads that are not there.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -286,6 +287,19 @@ def test_offsets_beyond_31_bits(kernels: ModuleType, device: str) -> None:
     expected = backward(kernels, given, *gradient, True)
     for result, value in zip(kernels.qk_rope_backward(*gradient, q, k, *given[1:], *rstd, True), expected, strict=True):
         assert torch.equal(result, value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="watches the arithmetic of Triton's interpreter")
+@triton_only
+def test_nothing_past_the_tables_is_read(kernels: ModuleType) -> None:
+    """A program's last tokens may lie past the end, at positions that the tables do not hold: here infinity stands there."""
+    given = make((5, 1, 1), 2, 8, batch=1)
+    tables = (torch.full((64, 4), math.inf) for _ in range(2))
+    cos, sin = (room[:5].copy_(table[:5]) for room, table in zip(tables, (given.cos, given.sin), strict=True))
+    given = given._replace(cos=cos, sin=sin)
+    with numpy.errstate(invalid="raise"):  # of infinity times zero
+        forward(kernels, given)
+        backward(kernels, given, *output_gradients(given), True)
 
 
 @triton_only
