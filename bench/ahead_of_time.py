@@ -78,7 +78,7 @@ class Model:
 MODELS = {
     "14B": Model(40, 128, 13824, (21, 30, 52), (1, 16, 21, 60, 104), torch.bfloat16),
     "1.3B": Model(12, 128, 8960, (21, 30, 52), (1, 16, 21, 60, 104), torch.bfloat16),
-    "nano": Model(5, 32, 640, (5, 4, 4), (1, 8, 5, 8, 8), torch.float32),
+    "nano": Model(5, 32, 640, (5, 4, 4), (1, 16, 5, 8, 8), torch.float32),
 }
 
 
@@ -156,14 +156,17 @@ def _step(m: Model, guided: bool) -> Any:
     return step.guided_euler_step(x, v, v if guided else None, 5.0, m.empty(m.latents[2], dtype=torch.float32))
 
 
+def _residual_forward(m: Model, launcher: Callable[..., Any], form: str) -> Any:
+    return launcher(m.stream(), *_residual(m, form), EPS)
+
+
 def cases() -> Iterator[Case]:
     """Every launcher in the variants that inference and training use."""
     partial = functools.partial
     for form in _RESIDUAL_FORMS:
         for op in ("residual_norm", "residual_norm_fp8"):
             launcher = getattr(residual_norm, f"{op}_forward")
-            call = lambda m, f=form, run=launcher: run(m.stream(), *_residual(m, f), EPS)  # noqa: E731
-            yield Case(op, form, call, fp8=op.endswith("fp8"))
+            yield Case(op, form, partial(_residual_forward, launcher=launcher, form=form), fp8=op.endswith("fp8"))
     for want, what in ((False, "frozen tables"), (True, "all gradients")):
         for form in _RESIDUAL_FORMS:
             call = partial(_residual_backward, form=form, want=want)
