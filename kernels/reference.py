@@ -1,4 +1,4 @@
-"""The mathematics: every op of the transformer in plain torch, for any float dtype.
+"""The mathematics: every op of the transformer and of the VAE in plain torch, for any float dtype.
 
 Each function computes in float32 (float64 for float64 inputs) and rounds once, on return: run on float64 inputs it is
 the oracle that the kernels are tested against, run on bf16 it is the fallback that works everywhere.
@@ -144,6 +144,38 @@ def gelu(x: Tensor, inplace: bool = False) -> Tensor:
     """GELU in its tanh form, x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2, in x's dtype."""
     out = nnf.gelu(x, approximate="tanh")
     return x.copy_(out) if inplace else out
+
+
+def _phases(y_BTHWC: Tensor) -> Tensor:
+    """[B, T, H/2+1, W/2+1, 4*C] -> [B, T, H, W, C]: out[2i+a, 2j+e, c] = y[i+a, j+e, (2a+e)*C + c]."""
+    h, w = y_BTHWC.shape[2] - 1, y_BTHWC.shape[3] - 1
+    y = torch.unflatten(y_BTHWC, -1, (2, 2, y_BTHWC.shape[-1] // 4))
+    rows = [torch.stack([y[:, :, a : a + h, e : e + w, a, e] for e in (0, 1)], dim=4) for a in (0, 1)]
+    return torch.stack(rows, dim=3).flatten(4, 5).flatten(2, 3)
+
+
+def vae_act(
+    y: Tensor,
+    gamma: Tensor | None = None,
+    x: Tensor | None = None,
+    bias: Tensor | None = None,
+    silu: bool = True,
+    upsampled: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """r = y (+ bias) (+ x) ; out = act(r / max(||r||, 1e-12) * sqrt(C) * gamma), act SiLU or identity. Returns (r, out).
+
+    x, r, out [B, T, H, W, C], the norm over C; y is too, or with `upsampled` [B, T, H/2+1, W/2+1, 4*C]: the four phases of
+    a convolution behind a nearest 2x upsampling, r[2i+a, 2j+e, c] = y[i+a, j+e, (2a+e)*C + c]. gamma, bias: C elements of
+    any shape. out is None without gamma. The norm reads r before it is rounded to y's dtype.
+    """
+    acc = _accumulator(y.dtype)
+    s = _phases(y.to(acc)) if upsampled else y.to(acc)
+    for term in (None if bias is None else bias.flatten(), x):
+        s = s if term is None else s + term.to(acc)
+    if gamma is None:
+        return s.to(y.dtype), None
+    n = nnf.normalize(s, dim=-1, eps=1e-12) * s.shape[-1] ** 0.5 * gamma.flatten().to(acc)
+    return s.to(y.dtype), (nnf.silu(n) if silu else n).to(y.dtype)
 
 
 E4M3_MAX = 448.0
