@@ -116,6 +116,31 @@ inline RowSums all_sums(const Optional& sums, std::int64_t width) {
   return sums ? RowSums{floats(*sums, {width}), 1} : RowSums{nullptr, 0};
 }
 
+// C elements of float32 or bf16, contiguous, of any shape.
+inline Table flat_row(const Optional& row, std::int64_t channels) {
+  if (!row) return {nullptr, nullptr, Type::float32, Type::float32, 0, 0, 1};
+  if (row->numel() != channels) row->fail("must have " + std::to_string(channels) + " elements", row->shape());
+  row->require_contiguous();
+  return {nullptr, row->data(), Type::float32, type_of(*row), 0, 0, 1};
+}
+
+// [B, T, H, W, C] of the given sizes and type, with a last stride of 1; an output may not be expanded memory.
+inline Pixels pixels(const Optional& x, std::initializer_list<std::int64_t> shape, Type type, bool is_output) {
+  Pixels view{};
+  if (!x) return view;
+  x->require_shape(shape);
+  require_type(*x, type);
+  x->require_unit_last_stride();
+  view.data = x->data();
+  for (int i = 0; i < 4; ++i) {
+    view.stride[i] = x->stride(i);
+    if (is_output && x->size(i) > 1 && view.stride[i] == 0) {
+      x->fail("must not be expanded memory, where several elements are one", "a stride of 0");
+    }
+  }
+  return view;
+}
+
 // [B, L, H, K] as rows of width H * K: heads side by side, other strides free.
 inline Size size_of_heads(const TensorView& x) {
   x.require_rank(4);
@@ -146,6 +171,43 @@ inline Rope rope(const TensorView& cos, const TensorView& sin, std::int64_t F, s
   cos.require_rank(2);
   if (cos.size(0) < std::max({F, h, w})) cos.fail("must have a row for each position of the grid", cos.shape());
   return {floats(cos, {cos.size(0), head / 2}), floats(sin, {cos.size(0), head / 2}), head, F, h, w};
+}
+
+// Whether two views of the same sizes, `data` not null, begin at the same element and step alike.
+inline bool same_memory(const Pixels& a, const Pixels& b, const std::int64_t* size) {
+  bool same = a.data == b.data;
+  for (int i = 0; i < 4; ++i) same = same && (size[i] == 1 || a.stride[i] == b.stride[i]);
+  return same;
+}
+
+// Outputs begin where no other tensor does, unless r is x or y as a whole.
+inline void require_apart(const VaeAct& a) {
+  const auto clash = [](const Pixels& one, const Pixels& other) { return one.data && one.data == other.data; };
+  for (const Pixels* other : {&a.x, &a.y, &a.r}) {
+    require_together(!clash(a.out, *other), "out cannot be the memory of x, y or r");
+  }
+  require_together(!clash(a.r, a.x) || same_memory(a.r, a.x, a.size), "r can be x only as a whole, with the same strides");
+  require_together(!clash(a.r, a.y) || (!a.upsampled && same_memory(a.r, a.y, a.size)),
+                   "r can be y only as a whole, with the same strides and not upsampled");
+}
+
+// Joins axes along which every tensor steps evenly, from W outwards: then one run of pixels is all of them. Not upsampled.
+inline void join_axes(VaeAct& a) {
+  Pixels* const views[] = {&a.y, &a.x, &a.r, &a.out};
+  int last = 3;
+  for (int axis = 2; axis >= 0; --axis) {
+    const std::int64_t outer = a.size[axis], inner = a.size[last];
+    bool even = true;
+    for (const Pixels* p : views) {
+      even = even && (!p->data || outer == 1 || inner == 1 || p->stride[axis] == inner * p->stride[last]);
+    }
+    if (!even) --last;
+    for (Pixels* p : views) {
+      if (!even || (inner == 1 && outer != 1)) p->stride[last] = p->stride[axis];
+    }
+    a.size[last] = even ? outer * inner : outer;
+  }
+  for (int axis = 0; axis < last; ++axis) a.size[axis] = 1;
 }
 
 inline int checked_threads(int threads) {

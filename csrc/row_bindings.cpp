@@ -230,6 +230,35 @@ void linear_rows(py::handle x_, py::handle weight_, py::handle bias_, py::handle
   release_and_run(args, checked_threads(threads));
 }
 
+void vae_act(py::handle y_, py::handle gamma_, py::handle x_, py::handle bias_, py::handle r_, py::handle out_, bool silu,
+             bool upsampled, int threads) {
+  const Optional y = optional("y", y_), x = optional("x", x_), r = optional("r", r_), out = optional("out", out_);
+  const Optional gamma = optional("gamma", gamma_), bias = optional("bias", bias_);
+  require_together(y && (r || out), "y is needed, and r, out or both");
+  require_together(!out || gamma, "out needs gamma");
+  const TensorView& like = out ? *out : *r;
+  like.require_rank(5);
+  const std::int64_t B = like.size(0), T = like.size(1), H = like.size(2), W = like.size(3), C = like.size(4);
+  require_together(!upsampled || (H % 2 == 0 && W % 2 == 0), "upsampled r and out must have even H and W");
+  const Type type = type_of(*y);
+  VaeAct args{};
+  args.type = type;
+  args.silu = silu;
+  args.upsampled = upsampled;
+  args.channels = C;
+  for (int i = 0; i < 4; ++i) args.size[i] = like.size(i);
+  args.y = upsampled ? pixels(y, {B, T, H / 2 + 1, W / 2 + 1, 4 * C}, type, false) : pixels(y, {B, T, H, W, C}, type, false);
+  args.x = pixels(x, {B, T, H, W, C}, type, false);
+  args.r = pixels(r, {B, T, H, W, C}, type, true);
+  args.out = pixels(out, {B, T, H, W, C}, type, true);
+  args.gamma = flat_row(gamma, C);
+  args.bias = flat_row(bias, C);
+  if (like.numel() == 0) return;
+  require_apart(args);
+  if (!upsampled) join_axes(args);
+  release_and_run(args, checked_threads(threads));
+}
+
 py::list isas() {
   py::list names;
   for (int i = 0; i < kIsas; ++i) {
@@ -253,6 +282,7 @@ void bind_row_ops(py::module_& m) {
   m.def("guided_euler_step", &guided_euler_step);
   m.def("gelu_", &gelu);
   m.def("linear_rows", &linear_rows);
+  m.def("vae_act", &vae_act);
   m.def("isas", &isas, "Instruction sets that the row kernels can use here, narrowest first.");
   m.def("isa", &isa, "The one in use: PUSA_NATIVE_ISA, else the widest. ValueError: that names none of isas().");
   m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"),

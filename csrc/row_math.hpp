@@ -72,18 +72,38 @@ PUSA_INLINE Vec load(const bf16* p, All) {
 
 PUSA_INLINE void store(float* p, Vec v, All) { __builtin_memcpy(p, &v, sizeof v); }
 
-// To nearest even. A NaN keeps its upper half, which leaves it one: out of arithmetic, as v is, it is quiet.
-PUSA_INLINE void store(bf16* p, Vec v, All) {
+// The bf16 nearest to v, ties to even, in the lower half. A NaN keeps its upper half, which leaves it one: out of arithmetic,
+// as v is, it is quiet.
+PUSA_INLINE Bits rounded(Vec v) {
   const Bits bits = (Bits)v;
-  const Bits rounded = v == v ? bits + (0x7fffu + ((bits >> 16) & 1u)) : bits;
+  return (v == v ? bits + (0x7fffu + ((bits >> 16) & 1u)) : bits) >> 16;
+}
+
+PUSA_INLINE void store(bf16* p, Vec v, All) {
 #if defined(__AVX512F__)
-  const __m256i halves = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)(rounded >> 16));
+  const __m256i halves = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)rounded(v));
 #else
-  const Halves halves = __builtin_convertvector(rounded >> 16, Halves);
+  const Halves halves = __builtin_convertvector(rounded(v), Halves);
 #endif
   __builtin_memcpy(p, &halves, sizeof halves);
 }
 
+#if defined(__AVX512F__)
+PUSA_INLINE __mmask16 mask_of(First some) { return static_cast<__mmask16>((1u << some.lanes) - 1); }
+
+PUSA_INLINE Vec load(const float* p, First some) { return (Vec)_mm512_maskz_loadu_ps(mask_of(some), p); }
+
+PUSA_INLINE void store(float* p, Vec v, First some) { _mm512_mask_storeu_ps(p, mask_of(some), (__m512)v); }
+
+PUSA_INLINE Vec load(const bf16* p, First some) {
+  const __m512i halves = _mm512_maskz_loadu_epi16(mask_of(some), p);
+  return (Vec)((Bits)_mm512_maskz_cvtepu16_epi32(0xffff, _mm512_castsi512_si256(halves)) << 16);
+}
+
+PUSA_INLINE void store(bf16* p, Vec v, First some) {
+  _mm512_mask_cvtepi32_storeu_epi16(p, mask_of(some), (__m512i)rounded(v));
+}
+#else
 template <class T>
 PUSA_INLINE Vec load(const T* p, First some) {  // zeros after the end
   T row[W] = {};
@@ -97,6 +117,7 @@ PUSA_INLINE void store(T* p, Vec v, First some) {
   store(row, v, All{});
   for (int i = 0; i < some.lanes; ++i) p[i] = row[i];
 }
+#endif
 
 PUSA_INLINE Vec keep(Vec v, All) { return v; }
 
@@ -160,18 +181,22 @@ PUSA_INLINE void each(int64_t width, Body body) {
 
 PUSA_INLINE float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
 
-// 2^t for t in [-126, 126]: within 1 ulp. The polynomial is the minimax one of relative error on [-1/2, 1/2] (1.9e-9).
-PUSA_INLINE Vec exp2_bounded(Vec t) {
-  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: the addition rounds t to an integer in the low bits
-  const Vec shifted = t + magic;
-  const Vec f = t - (shifted - magic);
+// 2^f for f in [-1/2, 1/2]: the minimax polynomial of relative error (1.9e-9).
+PUSA_INLINE Vec exp2_fraction(Vec f) {
   Vec p = broadcast(1.53458121613e-4f);
   p = p * f + 1.33999311772e-3f;
   p = p * f + 9.61848895633e-3f;
   p = p * f + 5.55032877711e-2f;
   p = p * f + 2.40226468906e-1f;
   p = p * f + 6.93147205737e-1f;
-  p = p * f + 1.00000000055f;
+  return p * f + 1.00000000055f;
+}
+
+// 2^t for t in [-126, 126]: within 1 ulp.
+PUSA_INLINE Vec exp2_bounded(Vec t) {
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: the addition rounds t to an integer in the low bits
+  const Vec shifted = t + magic;
+  const Vec p = exp2_fraction(t - (shifted - magic));
   return (Vec)((Bits)p + (((Bits)shifted - (Bits)magic) << 23));
 }
 

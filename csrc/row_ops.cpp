@@ -262,6 +262,11 @@ void run(const LinearRows& args, int threads) {
   run_spans(args, kernels().linear_rows, args.features, step_of(args.in), 0, threads);
 }
 
+void run(const VaeAct& args, int threads) {
+  const std::int64_t pixels = args.size[0] * args.size[1] * args.size[2] * args.size[3];
+  run_spans(args, kernels().vae_act, pixels, step_of(args.channels), kScratchRows * (args.channels + 64), threads);
+}
+
 const char* isa() { return kNames[current_isa()]; }
 
 void set_isa(const char* name) { chosen_isa.store(find_isa(name, "the instruction set"), std::memory_order_relaxed); }

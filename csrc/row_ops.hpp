@@ -1,4 +1,4 @@
-// CPU versions of the transformer's row kernels: the formulas of kernels/reference.py in one pass over memory.
+// CPU versions of the row kernels of the transformer and the VAE: the formulas of kernels/reference.py in one pass over memory.
 //
 // B batch, L tokens, D width, F frames. A token's row is contiguous; "row" counts tokens over the batch, 0 .. B * L. All
 // arithmetic is float32; bf16 is read exactly and rounded to nearest even once, at the store. Every result is the same for
@@ -139,6 +139,24 @@ struct LinearRows {
   float* out;
 };
 
+// Pixels of C channels side by side at data + b * stride[0] + t * stride[1] + h * stride[2] + w * stride[3], strides in
+// elements. data null: absent.
+struct Pixels {
+  void* data;
+  std::int64_t stride[4];
+};
+
+// r = y + bias + x ; out = act(r / max(||r||, 1e-12) * sqrt(C) * gamma), where r and out are given. With `upsampled`, pixel
+// (h, w) of r is channels (2 a + e) C .. of pixel (i + a, j + e) of y, h = 2 i + a, w = 2 j + e. r may be x or y.
+struct VaeAct {
+  Type type;
+  std::int64_t size[4];  // B, T, H, W of r and out
+  std::int64_t channels;
+  Pixels y, x, r, out;
+  Table gamma, bias;  // a base row or nothing
+  bool silu, upsampled;
+};
+
 // Where sums over rows go: float32 [groups, D], each the sum over an equal share of the rows. null: unwanted.
 struct RowSums {
   float* data;
@@ -160,6 +178,7 @@ void run(QkRopeBackward args, RowSums weight_q, RowSums weight_k, int threads);
 void run(const GuidedEulerStep& args, int threads);
 void run(const Gelu& args, std::int64_t numel, int threads);
 void run(const LinearRows& args, int threads);
+void run(const VaeAct& args, int threads);
 
 // Instruction sets: "base", "avx2" (with FMA), "avx512" (F and BW). The widest usable one serves, or the one named by the
 // environment variable PUSA_NATIVE_ISA. Both throw std::invalid_argument for a name that is unknown or unusable here.
@@ -169,8 +188,8 @@ void set_isa(const char* name);
 constexpr int kIsas = 3;
 bool isa_usable(int index, const char** name);  // index 0 .. kIsas - 1, narrowest first
 
-// What follows is implemented once per instruction set: row_norm.cpp, row_rope.cpp, row_pointwise.cpp. A kernel works on
-// rows (or planes, or elements) first .. last, and its sums over them go to index `block` of the partials. `scratch` holds
+// What follows is implemented once per instruction set: row_norm.cpp, row_rope.cpp, row_pointwise.cpp, row_vae_act.cpp. A kernel
+// works on rows (or planes, pixels, elements) first .. last, and its sums over them go to index `block` of the partials. `scratch` holds
 // kScratchRows rows of D + 64 floats, aligned to 64 bytes.
 struct Span {
   std::int64_t first, last, block;
@@ -189,7 +208,8 @@ constexpr int kScratchRows = 5;
   DO(qk_rope_backward, QkRopeBackward)               \
   DO(guided_euler_step, GuidedEulerStep)             \
   DO(gelu, Gelu)                                     \
-  DO(linear_rows, LinearRows)
+  DO(linear_rows, LinearRows)                        \
+  DO(vae_act, VaeAct)
 
 #define PUSA_DECLARE(name, Args) void name(const Args& args, Span span, float* scratch);
 namespace base {

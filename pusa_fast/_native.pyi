@@ -108,3 +108,15 @@ def guided_euler_step(
 ) -> None: ...
 def gelu_(x: object, threads: int, /) -> None: ...
 def linear_rows(x: object, weight: object, bias: object | None, out: object, threads: int, /) -> None: ...
+def vae_act(
+    y: object,
+    gamma: object | None,
+    x: object | None,
+    bias: object | None,
+    r: object | None,
+    out: object | None,
+    silu: bool,
+    upsampled: bool,
+    threads: int,
+    /,
+) -> None: ...

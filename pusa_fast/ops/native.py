@@ -22,7 +22,7 @@ except ImportError as error:
 _FUNCTIONS = (
     *("residual_norm_forward", "residual_norm_backward", "gated_residual_forward", "gated_residual_backward"),
     *("rms_norm_forward", "rms_norm_backward", "qk_rope_forward", "qk_rope_backward", "guided_euler_step", "gelu_"),
-    "linear_rows",
+    *("linear_rows", "vae_act"),
 )
 _DTYPES = (torch.float32, torch.bfloat16)
 # A tenth of the time of Tensor.__dlpack__, and takes parameters as they are.
@@ -349,3 +349,34 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = _room(x, x.shape[0], weight.shape[0])
     _native.linear_rows(_float32(x), _table(weight), _table(bias), _capsule(out), _threads())
     return out
+
+
+def _flat(x: Tensor | None) -> object | None:
+    """A contiguous tensor of any shape and float dtype, as float32 or bf16."""
+    if x is None:
+        return None
+    return _capsule((x if x.dtype in _DTYPES else x.to(torch.float32)).contiguous())
+
+
+def vae_act_(
+    y: Tensor,
+    gamma: Tensor | None,
+    x: Tensor | None,
+    bias: Tensor | None,
+    r: Tensor | None,
+    out: Tensor | None,
+    silu: bool,
+    upsampled: bool,
+) -> None:
+    """r = y + bias + x and out = act(norm(r) * gamma), written where they are given; views with a last stride of 1."""
+    _native.vae_act(
+        _capsule(y),
+        _flat(gamma),
+        _optional(x),
+        _flat(bias),
+        _optional(r),
+        _optional(out),
+        silu,
+        upsampled,
+        _threads(),
+    )

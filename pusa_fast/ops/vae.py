@@ -7,11 +7,42 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from pusa_fast.kernels import reference
+from pusa_fast.ops.backend import chosen, launchers
 from pusa_fast.ops.checks import shape
 
 _OP = "vae_act_"
+
+
+@custom_op("pusa_fast::vae_act_", mutates_args=("r", "out"))
+def _vae_act_(
+    y: Tensor,
+    gamma: Tensor | None,
+    x: Tensor | None,
+    bias: Tensor | None,
+    r: Tensor | None,
+    out: Tensor | None,
+    silu: bool,
+    upsampled: bool,
+) -> None:
+    with launchers(y) as run:
+        run.vae_act_(y, gamma, x, bias, r, out, silu, upsampled)
+
+
+@_vae_act_.register_fake
+def _(
+    y: Tensor,
+    gamma: Tensor | None,
+    x: Tensor | None,
+    bias: Tensor | None,
+    r: Tensor | None,
+    out: Tensor | None,
+    silu: bool,
+    upsampled: bool,
+) -> None:
+    return None
 
 
 def _check_pixels(name: str, t: Tensor, y: Tensor, wanted: tuple[int, ...]) -> None:
@@ -89,6 +120,9 @@ def vae_act_(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, gamma, x, bias, r, out)):
         raise ValueError(f"{_OP}: inference only, without a derivative: run it under torch.no_grad()")
     if y.is_meta:
+        return
+    if chosen(y) != "reference":
+        _vae_act_(y, gamma, x, bias, r, out, silu, upsampled)
         return
     if not torch.compiler.is_compiling():
         _check_memory(y, x, r, out, upsampled)
