@@ -82,9 +82,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 # Stage in which memory ran out -> the options that help there.
 _RELIEF = {
     "text": "--dtype bfloat16",
-    "encode": "--tiling feather, or a smaller --size",
+    "encode": "--tiling auto, or a smaller --size",
     "denoise": "fewer --frames, a smaller --size, --guidance 1, or --dtype bfloat16",
-    "decode": "--tiling feather, a smaller --size, or fewer --frames",
+    "decode": "--tiling auto, a smaller --size, or fewer --frames",
 }
 
 
@@ -94,7 +94,7 @@ def _relief(error: Exception) -> str:
     for stage, options in _RELIEF.items():
         if said.startswith(f"out of memory in {stage}"):
             return f"{said}: give {options}"
-    return "out of memory: give --tiling feather, a smaller --size, fewer --frames, or --dtype bfloat16"
+    return "out of memory: give --tiling auto, a smaller --size, fewer --frames, or --dtype bfloat16"
 
 
 app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, help="Runs Pusa: video from text, pictures and clips.")
@@ -224,8 +224,11 @@ def generate(
         typer.Option(help="How media of another size are fitted (default crop).", rich_help_panel=_GIVEN),
     ] = None,
     tiling: Annotated[
-        Literal["whole", "feather"] | None,
-        typer.Option(help="VAE: whole frames, or tiles for less memory (default whole).", rich_help_panel=_MODEL),
+        Literal["whole", "auto", "exact", "feather"] | None,
+        typer.Option(
+            help="VAE: whole frames (default); tiles that give the same result for less memory (exact), where needed (auto); or blended ones, as the reference's (feather).",
+            rich_help_panel=_MODEL,
+        ),
     ] = None,
     out: Annotated[
         str | None,

@@ -22,6 +22,8 @@ from pusa_fast.model.dit import WanDiT
 from pusa_fast.model.text import TextEncoder
 from pusa_fast.model.tiling import Tiling
 from pusa_fast.model.vae import WanVAE
+from pusa_fast.model.vae_memory import usable_memory
+from pusa_fast.model.vae_modes import join
 from pusa_fast.sampling import conditioning, sampler, task
 from pusa_fast.sampling.schedule import lift, sigma_grid
 from pusa_fast.sampling.task import Condition, Plan, Settings
@@ -32,9 +34,9 @@ LoRAs = Mapping[str | os.PathLike[str], float]
 # What to change when a stage runs out of memory.
 _RELIEF = {
     "text": "load the model in a smaller dtype, or give prompt_embeds made elsewhere",
-    "encode": "use tiling=Tiling(), or a smaller height and width",
+    "encode": "use tiling='auto', or a smaller height and width",
     "denoise": "use fewer num_frames, a smaller height and width, or guidance_scale=1",
-    "decode": "use tiling=Tiling(), or a smaller height and width",
+    "decode": "use tiling='auto', a smaller height and width, or fewer num_frames",
 }
 
 
@@ -45,7 +47,8 @@ class _Request:
     settings: Settings
     plan: Plan
     media: tuple[Medium, ...]
-    tiling: Tiling | None
+    tiling: Tiling | None  # of the encoder, which finds out itself what "auto" means for each medium
+    decode_tiling: Tiling | None
     context: str | Tensor
     negative: str | Tensor | None  # None: no guidance
 
@@ -150,7 +153,8 @@ class Pipeline:
         """Make one clip: uint8 [T,H,W,3], or with output="latents" float32 [1,C,F,h,w], on the CPU.
 
         Give `prompt`, or `prompt_embeds` [L,D] or [1,L,D], used as they are. None: the model's default. Negatives are ignored when
-        `guidance_scale` is 1. `fit` (crop, pad, stretch): for media of another size. `tiling`: None (whole) or a Tiling.
+        `guidance_scale` is 1. `fit` (crop, pad, stretch): for media of another size. `tiling` of the VAE: None (whole),
+        a Tiling, or "auto", whole where the device's total memory allows it.
         `callback(done, steps, latents)` runs after each step; what it raises ends the run and reaches the caller.
         Raises ValueError for anything that cannot work, before the first model runs; FileNotFoundError for missing media;
         torch.OutOfMemoryError naming the option that helps.
@@ -163,7 +167,7 @@ class Pipeline:
             given, conditions, tiling, (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
         )
         chosen = request.settings
-        self.last_run = {"task": request.plan.task, **asdict(chosen), "tiling": request.tiling, "seconds": {}}
+        self.last_run = {"task": request.plan.task, **asdict(chosen), "tiling": request.decode_tiling, "seconds": {}}
         with self._stage("text"):
             context = self._context(request.context)
             negative = None if request.negative is None else self._context(request.negative)
@@ -179,7 +183,8 @@ class Pipeline:
         if chosen.output == "latents":
             return latents.cpu()
         with self._stage("decode"):
-            return conditioning.to_frames(self.vae.decode(latents, request.tiling), chosen.compat)
+            pieces = self.vae.decode_frames(latents, request.decode_tiling, rounded=chosen.compat == "exact")
+            return join((piece[0].cpu() for piece in pieces), chosen.num_frames)
 
     def _check(
         self,
@@ -191,8 +196,9 @@ class Pipeline:
     ) -> _Request:
         factor, scale, (_, ph, pw) = self.vae.config.temporal_factor, self.vae.config.spatial_factor, self.dit.config.patch_size
         settings = task.settings(given, self.defaults, (scale * ph, scale * pw), factor)
-        if tiling is not None and not isinstance(tiling, Tiling):
-            raise ValueError(f"tiling={tiling!r} is not available: use None (whole) or Tiling(...)")
+        tiles = self._tiling(tiling)
+        size = (1 + (settings.num_frames - 1) // factor, settings.height // scale, settings.width // scale)
+        decode_tiles = self.vae.resolve("decode", (1, self.vae.config.z_dim, *size), tiles)
         context = self._check_text("prompt", *positive)
         if context is None:
             raise ValueError("nothing says what to make: give prompt (it may be empty) or prompt_embeds")
@@ -209,7 +215,18 @@ class Pipeline:
             return opened[-1].frames
 
         plan = task.resolve(conditions, settings.num_frames, count_frames, factor)
-        return _Request(settings, plan, tuple(opened), tiling, context, opposite)
+        return _Request(settings, plan, tuple(opened), tiles, decode_tiles, context, opposite)
+
+    def _tiling(self, tiling: Tiling | str | None) -> Tiling | None:
+        if isinstance(tiling, Tiling) or tiling is None:
+            return tiling
+        if tiling != "auto":
+            raise ValueError(f"tiling={tiling!r} is not available: use None (whole), 'auto', or Tiling(...)")
+        dits = (self.dit.high, self.dit.low) if isinstance(self.dit, sampler.ExpertPair) else (self.dit,)
+        text = getattr(self.text_encoder, "model", None)
+        modules = [m for m in (*dits, self.vae, text) if isinstance(m, torch.nn.Module)]
+        weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+        return Tiling.auto(max(1, usable_memory(self.vae.device) - weights))
 
     def _check_text(self, name: str, text: str | None, embeds: Tensor | None) -> str | Tensor | None:
         if embeds is None:

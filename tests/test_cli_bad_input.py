@@ -266,7 +266,7 @@ def raising(error: BaseException, call: int = 1) -> Callable[[int], None]:
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("out of memory in decode on cpu: use tiling=Tiling(), or a smaller height and width"),
+        torch.OutOfMemoryError("out of memory in decode on cpu: use tiling='auto', or a smaller height and width"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
@@ -276,7 +276,7 @@ def raising(error: BaseException, call: int = 1) -> Callable[[int], None]:
 def test_out_of_memory_names_the_options_that_help(here: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     before = files(here)
     stub(monkeypatch, raising(error))
-    assert is_answered(run(*GENERATE), ["out of memory", "--tiling feather", "--size", "--frames"])
+    assert is_answered(run(*GENERATE), ["out of memory", "--tiling auto", "--size", "--frames"])
     assert files(here) == before
 
 

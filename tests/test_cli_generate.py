@@ -277,7 +277,7 @@ def test_a_lora_for_another_model_is_refused(model: Path, here: Path) -> None:
     assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [("--size", "32x64"), ("--tiling", "feather"), ("--compat", "exact"), ("--dtype", "bfloat16")])
+@pytest.mark.parametrize("words", [("--size", "32x64"), ("--tiling", "feather"), ("--tiling", "exact"), ("--tiling", "auto"), ("--compat", "exact"), ("--dtype", "bfloat16")])
 def test_other_settings_are_recorded(model: Path, here: Path, words: tuple[str, str]) -> None:
     record = make(model, *words, "--frames", "5", "--fps", "12", "--negative", "gray", "--shift", "5", "--attention", "sdpa")
     assert (record["num_frames"], record["fps"], record["negative_prompt"], record["shift"]) == (5, 12.0, "gray", 5.0)

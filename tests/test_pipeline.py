@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from pusa_fast import Condition, DiTConfig, Pipeline, Tiling, VAEConfig, WanDiT, WanVAE
+from pusa_fast import pipeline as pipeline_module
 from pusa_fast.media import open_media
+from pusa_fast.model.vae_memory import peak_bytes
 from pusa_fast.sampling.sampler import ExpertPair
 from pusa_fast.weights import checkpoint, keymap
 from pusa_fast.weights.pretrained import WAN_DEFAULTS, find_model
@@ -185,12 +187,32 @@ def test_media_of_another_size_are_fitted(pipe: Pipeline, fit: str) -> None:
 
 def test_tiling_reaches_both_ends_of_the_vae(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
-    for name in ("encode", "decode"):
+    for name in ("encode", "decode_frames"):
         method = getattr(pipe.vae, name)
-        monkeypatch.setattr(pipe.vae, name, lambda x, tiling=None, m=method: seen.append(tiling) or m(x, tiling))
-    tiling = Tiling(tile=(4, 4), stride=(2, 2))
-    pipe("a", conditions=[Condition(picture())], tiling=tiling)
-    assert seen == [tiling, tiling] and pipe.last_run["tiling"] == tiling
+        monkeypatch.setattr(pipe.vae, name, lambda x, tiling=None, m=method, **k: seen.append(tiling) or m(x, tiling, **k))
+    for tiling in (Tiling(tile=(4, 4), stride=(2, 2)), Tiling(tile=(4, 4), mode="exact")):
+        seen.clear()
+        pipe("a", conditions=[Condition(picture())], tiling=tiling)
+        assert seen == [tiling, tiling] and pipe.last_run["tiling"] == tiling
+
+
+def test_auto_tiling_counts_with_the_weights_of_all_parts(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole where the decoder's peak fits beside every part's weights; tiles below; an error before anything runs."""
+    weights = sum(p.numel() * p.element_size() for m in (pipe.dit, pipe.vae) for p in m.parameters())
+    assert pipe.text_encoder is not None
+    weights += sum(p.numel() * p.element_size() for p in pipe.text_encoder.model.parameters())
+    pipe("a", steps=1, height=64, width=96)
+    peak = peak_bytes(pipe.vae, "decode", tuple(pipe.last_run["shape"]))
+    monkeypatch.setattr(pipeline_module, "usable_memory", lambda _: weights + peak)
+    whole = pipe("a", steps=1, height=64, width=96, tiling="auto")
+    assert pipe.last_run["tiling"] is None
+    monkeypatch.setattr(pipeline_module, "usable_memory", lambda _: weights + peak - 1)
+    tiled = pipe("a", steps=1, height=64, width=96, tiling="auto")
+    assert pipe.last_run["tiling"].mode == "exact"
+    assert (whole.int() - tiled.int()).abs().max() <= 1
+    monkeypatch.setattr(pipeline_module, "usable_memory", lambda _: 0)
+    with pytest.raises(ValueError, match="smaller height and width"):
+        pipe("a", steps=1, height=64, width=96, tiling="auto")
 
 
 def test_callback_can_stop_the_run(pipe: Pipeline) -> None:
@@ -206,13 +228,13 @@ def test_callback_can_stop_the_run(pipe: Pipeline) -> None:
 
 
 def test_out_of_memory_names_the_option_that_helps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode(*_: object) -> Tensor:
+    def decode(*_: object, **__: object) -> Tensor:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to ...")
 
-    monkeypatch.setattr(pipe.vae, "decode", decode)
-    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory in decode on cpu: use tiling=Tiling\(\)"):
+    monkeypatch.setattr(pipe.vae, "decode_frames", decode)
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory in decode on cpu: use tiling='auto'"):
         pipe("a")
-    monkeypatch.setattr(pipe.vae, "decode", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(pipe.vae, "decode_frames", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         pipe("a")
 
@@ -242,7 +264,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"compat": "none"}, "unknown compat"),
     ({"fit": "zoom"}, "unknown fit"),
     ({"output": "gif"}, "unknown output"),
-    ({"tiling": "auto"}, "tiling='auto' is not available: use None"),
+    ({"tiling": "tiles"}, "tiling='tiles' is not available: use None"),
     ({"conditions": [Condition(picture(), 2)]}, "latent 2 does not exist; the clip has latents 0 to 1"),
     ({"conditions": [Condition(picture()), Condition(picture(9))]}, "both give latent 0"),
     ({"conditions": [Condition(picture(), noise=2)]}, "noise must be a number"),

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from pusa_fast import Tiling, VAEConfig, WanVAE
-from pusa_fast.model import vae as vae_module
+from pusa_fast.kernels import reference
+from pusa_fast.model import vae_stream
+from pusa_fast.model.vae_layers import Head, RMSNorm
+from pusa_fast.model.vae_stages import Stage
+from pusa_fast.sampling.conditioning import to_frames
 from pusa_fast.testing import relative_error
 from pusa_fast.weights import load_vae
 
@@ -23,15 +29,70 @@ def vae(golden: GoldenLoader) -> WanVAE:
     return load_vae(golden("vae_weights"), config=SMALL)
 
 
-@pytest.mark.parametrize("frames_per_chunk", [1, 2, 3, 5])
+@pytest.mark.parametrize("adds", [True, False], ids=["adds in the convolution", "adds in the norm"])
+@pytest.mark.parametrize("latents", [1, 2, 3, 4, 5, None])
 @pytest.mark.parametrize("case", ["f1", "f5", "f17"])
 def test_streams_like_the_reference_at_any_chunk_length(
-    vae: WanVAE, golden: GoldenLoader, case: str, frames_per_chunk: int, monkeypatch: pytest.MonkeyPatch
+    vae: WanVAE, golden: GoldenLoader, case: str, latents: int | None, adds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vae_module, "_CHUNK_LATENT_PIXELS", frames_per_chunk * 4 * 6)
+    if latents is not None:
+        monkeypatch.setattr(Stage, "latents_per_piece", lambda *_: latents)
+    monkeypatch.setattr(vae, "adds", adds)
     g = golden("vae")
     assert relative_error(vae.encode(g[f"{case}.video"]), g[f"{case}.latent"]) < 1e-5
     assert relative_error(vae.decode(g[f"{case}.latent"]), g[f"{case}.decoded"]) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stages_may_cut_a_clip_each_in_its_own_way(vae: WanVAE, golden: GoldenLoader, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(seed)
+    monkeypatch.setattr(Stage, "latents_per_piece", lambda *_: draw.randint(1, 4))
+    g = golden("vae")
+    assert relative_error(vae.encode(g["f17.video"]), g["f17.latent"]) < 1e-5
+    assert relative_error(vae.decode(g["f17.latent"]), g["f17.decoded"]) < 1e-5
+
+
+def test_frames_leave_in_pieces_that_stay_as_they_are(vae: WanVAE, golden: GoldenLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """uint8 frames of each piece, truncated or rounded; the input and earlier pieces are not written to again."""
+    z = golden("vae")["f17.latent"]
+    before, video = z.clone(), vae.decode(z)
+    monkeypatch.setattr(Stage, "latents_per_piece", lambda *_: 2)
+    for rounded in (False, True):
+        pieces = list(vae.decode_frames(z, rounded=rounded))
+        assert [p.shape[1] for p in pieces] == [5, 8, 4]
+        frames = torch.cat(pieces, dim=1)
+        assert frames.dtype == torch.uint8 and frames.shape == (1, 17, 32, 48, 3)
+        wanted = to_frames(video, "exact" if rounded else "reference")
+        assert (frames[0].int() - wanted.int()).abs().max() <= 1
+        assert (frames[0] == wanted).float().mean() > 0.999
+    assert torch.equal(z, before)
+
+
+def test_a_piece_is_computed_when_it_is_asked_for(vae: WanVAE, golden: GoldenLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stage, "latents_per_piece", lambda *_: 1)
+    done: list[int] = []
+    head = vae_stream._LAYERS[Head]
+    monkeypatch.setitem(vae_stream._LAYERS, Head, lambda *given: done.append(1) or head(*given))
+    pieces = vae.decode_frames(golden("vae")["f17.latent"])
+    next(pieces)
+    next(pieces)
+    assert len(done) == 2
+
+
+def test_encoding_leaves_the_video_as_it_was(vae: WanVAE) -> None:
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    before = video.clone()
+    vae.encode(video)
+    assert torch.equal(video, before)
+
+
+def test_upsampling_phases_are_the_doubling_and_its_convolution() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 6, 5, 7, dtype=torch.float64), torch.randn(4, 6, 3, 3, dtype=torch.float64)
+    wanted = nnf.conv2d(nnf.interpolate(x, scale_factor=2.0, mode="nearest-exact"), weight, padding=1)
+    y = nnf.conv2d(x, vae_stream.upsampling_phases(weight), padding=1).permute(0, 2, 3, 1)[None]
+    r, _ = reference.vae_act(y, upsampled=True)
+    torch.testing.assert_close(r[0].permute(0, 3, 1, 2), wanted)
 
 
 def test_feathered_tiles_match_the_reference(vae: WanVAE, golden: GoldenLoader) -> None:
@@ -83,17 +144,17 @@ def test_dtype_follows_the_caller_and_output_is_clamped(vae: WanVAE) -> None:
     assert vae.encode(torch.zeros(1, 3, 1, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("tiling", [None, Tiling(tile=(3, 3), stride=(2, 2))])
+@pytest.mark.parametrize("tiling", [None, Tiling(tile=(3, 3), stride=(2, 2)), Tiling(tile=(3, 3), mode="exact")])
 def test_half_precision_stays_near_float32(vae: WanVAE, tiling: Tiling | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 weights, what a GPU runs: within a few of its roundings, whole, tiled and streamed; flat input stays finite."""
-    monkeypatch.setattr(vae_module, "_CHUNK_LATENT_PIXELS", 16)
+    monkeypatch.setattr(Stage, "latents_per_piece", lambda *_: 1)
     half = copy.deepcopy(vae).to(torch.bfloat16)
     clip = torch.rand(1, 3, 9, 32, 32) * 2 - 1
     z = vae.encode(clip, tiling)
     assert relative_error(half.encode(clip, tiling), z) < 0.03
     assert relative_error(half.decode(z, tiling), vae.decode(z, tiling)) < 0.05
     for dtype in (torch.bfloat16, torch.float16):
-        norm = vae_module.RMSNorm(8).to(dtype)
+        norm = RMSNorm(8).to(dtype)
         assert torch.isfinite(norm(torch.zeros(1, 8, 1, 2, 2, dtype=dtype))).all()
         assert torch.isfinite(norm(torch.full((1, 8, 1, 2, 2), 1e-6, dtype=dtype))).all()
 
@@ -104,7 +165,7 @@ def test_frame_counts_other_than_4k_plus_1_are_refused(vae: WanVAE, frames: int)
         vae.encode(torch.zeros(1, 3, frames, 16, 16))
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 5, 16, 20), (1, 3, 5, 0, 16), (1, 4, 5, 16, 16), (3, 5, 16, 16)])
+@pytest.mark.parametrize("shape", [(1, 3, 5, 16, 20), (1, 3, 5, 0, 16), (1, 4, 5, 16, 16), (3, 5, 16, 16), (0, 3, 5, 16, 16)])
 def test_encode_refuses_other_shapes(vae: WanVAE, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"multiples of 8|takes a video"):
         vae.encode(torch.zeros(shape))

@@ -22,7 +22,7 @@ from pusa_fast.weights.pretrained import ModelFiles, find_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = ("fp8",)
-TILINGS = {"whole": None, "feather": Tiling()}
+TILINGS: Mapping[str, Tiling | str | None] = {"whole": None, "auto": "auto", "exact": Tiling(mode="exact"), "feather": Tiling()}
 
 
 @dataclass(frozen=True)

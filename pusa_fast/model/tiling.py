@@ -1,7 +1,6 @@
-"""Spatial tiling of the VAE: overlapping tiles blended with feathered masks, to bound memory.
+"""How the VAE is to work in tiles, and where the tiles lie.
 
-Sizes are in latent pixels. The plan and the masks are the reference's (diffsynth/models/wan_video_vae.py,
-`tiled_encode` and `tiled_decode`), accumulated in float32.
+The plan is the reference's (diffsynth/models/wan_video_vae.py, `tiled_encode` and `tiled_decode`).
 """
 
 from __future__ import annotations
@@ -12,17 +11,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MODES = ("feather", "exact", "auto")
+
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile and stride (height, width) in latent pixels.
+    """How the VAE works in tiles, to bound memory; sizes (height, width) are latent pixels.
 
+    "feather": tiles at every `stride` run as pictures of their own and are blended, as the reference does: seams and colours
+    may shift a little. "exact": tiles side by side (`stride` is not used) see as much of their surroundings as they depend
+    on: the result is that of the whole picture. "auto": see `Tiling.auto`.
     Raises ValueError for sizes below one, a stride larger than its tile (pixels would be left out) or an unknown mode.
     """
 
     tile: tuple[int, int] = (30, 52)
     stride: tuple[int, int] = (15, 26)
     mode: str = "feather"
+    memory: int | None = None
+
+    @classmethod
+    def auto(cls, memory: int | None = None) -> Tiling:
+        """Whole where that fits into `memory` bytes, else the largest exact tiles that do.
+
+        None: four fifths of the device's memory, less the weights (in a Pipeline, those of all its parts).
+        """
+        return cls(mode="auto", memory=memory)
 
     def __post_init__(self) -> None:
         for name in ("tile", "stride"):
@@ -30,10 +43,12 @@ class Tiling:
             object.__setattr__(self, name, value)
             if len(value) != 2 or min(value) < 1:
                 raise ValueError(f"Tiling.{name} must be two positive sizes (height, width), got {value}")
-        if self.stride[0] > self.tile[0] or self.stride[1] > self.tile[1]:
+        if self.mode == "feather" and (self.stride[0] > self.tile[0] or self.stride[1] > self.tile[1]):
             raise ValueError(f"Tiling.stride={self.stride} is larger than tile={self.tile}: pixels between tiles would be lost")
-        if self.mode != "feather":
-            raise ValueError(f"Tiling.mode={self.mode!r} is unknown: use 'feather'")
+        if self.mode not in MODES:
+            raise ValueError(f"Tiling.mode={self.mode!r} is unknown: use {', '.join(map(repr, MODES))}")
+        if self.memory is not None and (self.mode != "auto" or self.memory < 1):
+            raise ValueError(f"Tiling.memory={self.memory} must be a positive number of bytes, and goes with mode 'auto' only")
 
 
 def tile_spans(length: int, tile: int, stride: int) -> list[tuple[int, int]]:

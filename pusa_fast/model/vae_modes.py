@@ -1,0 +1,146 @@
+"""The ways to run one half of the VAE over a clip: whole, in exact tiles, or in feathered tiles.
+
+`exact`: latent resolution runs whole, and the rest box by box, each stage on as many pixels more as it looks beyond its
+box; nothing is blended, the result is that of the whole clip. `feather`: as the reference, tiles run as if they were
+pictures of their own and are blended.
+
+Clips are [B, T, H, W, C]. What comes out are pieces [B, t, H', W', C'] in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pusa_fast.model.tiling import Tiling, blend_tiles, tile_spans
+from pusa_fast.model.vae_layers import Head
+from pusa_fast.model.vae_stages import Box, Stage, crop, flow, full, trace
+from pusa_fast.model.vae_stream import Stream
+
+Pieces = Iterator[Tensor]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Latent frames, and latent rows and columns."""
+
+    latents: int
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Encoder or decoder: its stages, and how pieces are run. `adds`: see `Stream`; `chunk_bytes`: see `WanVAE`."""
+
+    stages: Sequence[Stage]
+    adds: bool
+    item_bytes: int
+    chunk_bytes: int
+
+    @property
+    def decodes(self) -> bool:
+        return self.stages[-1].scale[1] > 1
+
+    @property
+    def channels(self) -> int:
+        """Of the result."""
+        head = self.stages[-1].layers[-1]
+        assert isinstance(head, Head)
+        return head.convolution.out_channels
+
+    @property
+    def inner(self) -> Sequence[Stage]:
+        """The stage at latent resolution."""
+        return self.stages[:1] if self.decodes else self.stages[-1:]
+
+    @property
+    def outer(self) -> Sequence[Stage]:
+        return self.stages[1:] if self.decodes else self.stages[:-1]
+
+    def run(self, stages: Sequence[Stage], x: Tensor, clip: Clip, box: Box | None = None) -> Pieces:
+        """`box` of the result of consecutive stages, all of it by default; x is all of their input."""
+        scale = stages[-1].scale[1]
+        box = box or full(clip.size[0] * scale, clip.size[1] * scale)
+        route = trace(stages, box, clip.size)
+        source = crop(x, route.sources[0])
+        return flow(stages, source, clip.latents, route, Stream(self.adds), self.item_bytes, self.chunk_bytes)
+
+    def frames(self, stages: Sequence[Stage], clip: Clip) -> int:
+        """Frames that come out of the last of `stages`."""
+        return 1 + stages[-1].rate[1] * (clip.latents - 1)
+
+
+def join(pieces: Pieces, frames: int) -> Tensor:
+    """Pieces [.., t, H, W, C] as one tensor of `frames` frames, written where they belong as they come."""
+    out: Tensor | None = None
+    start = 0
+    for piece in pieces:
+        if piece.shape[-4] == frames:
+            return piece
+        out = piece.new_empty(*piece.shape[:-4], frames, *piece.shape[-3:]) if out is None else out
+        out[..., start : start + piece.shape[-4], :, :, :] = piece
+        start += piece.shape[-4]
+    assert out is not None and start == frames
+    return out
+
+
+def _whole(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Callable[[Tensor], Tensor]) -> Pieces:
+    for piece in runner.run(runner.stages, x, clip):
+        yield finish(piece)
+
+
+def _exact(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Callable[[Tensor], Tensor]) -> Pieces:
+    assert tiling is not None
+    if not runner.decodes:
+        features = _in_boxes(runner, x, clip, tiling, lambda piece: piece)
+        yield from map(finish, runner.run(runner.inner, features, clip))
+        return
+    features = join(runner.run(runner.inner, x, clip), clip.latents)
+    yield _in_boxes(runner, features, clip, tiling, finish)
+
+
+def _in_boxes(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling, finish: Callable[[Tensor], Tensor]) -> Tensor:
+    """The outer stages, box by box: each with pieces and a memory of its own."""
+    scale = runner.outer[-1].scale[1]
+    out: Tensor | None = None
+    for box in exact_boxes(clip.size, tiling, scale):
+        start = 0
+        for piece in runner.run(runner.outer, x, clip, box):
+            part = finish(piece)
+            if out is None:
+                size = (runner.frames(runner.outer, clip), clip.size[0] * scale, clip.size[1] * scale)
+                out = part.new_empty(part.shape[0], *size, part.shape[-1])
+            crop(out, box)[:, start : start + part.shape[1]] = part
+            start += part.shape[1]
+    assert out is not None
+    return out
+
+
+def exact_boxes(size: tuple[int, int], tiling: Tiling, scale: int) -> Iterator[Box]:
+    """Boxes side by side that cover a picture of `size` latent pixels, in units of 1/`scale` latent pixel."""
+    for top, bottom in tile_spans(size[0], tiling.tile[0], tiling.tile[0]):
+        for left, right in tile_spans(size[1], tiling.tile[1], tiling.tile[1]):
+            yield (top * scale, bottom * scale), (left * scale, right * scale)
+
+
+def _feather(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Callable[[Tensor], Tensor]) -> Pieces:
+    assert tiling is not None
+    frames = runner.frames(runner.stages, clip)
+
+    def run(tile: Tensor) -> Tensor:
+        tile = tile.permute(0, 2, 3, 4, 1)
+        size = tile.shape[2] // runner.stages[0].scale[0], tile.shape[3] // runner.stages[0].scale[0]
+        return join(runner.run(runner.stages, tile, Clip(clip.latents, size)), frames).permute(0, 4, 1, 2, 3)
+
+    scales = runner.stages[0].scale[0], runner.stages[-1].scale[1]
+    out = blend_tiles(x.permute(0, 4, 1, 2, 3), run, (frames, *clip.size), tiling, in_scale=scales[0], out_scale=scales[1], channels=runner.channels)
+    yield finish(out.permute(0, 2, 3, 4, 1))
+
+
+MODES: dict[str, Callable[[Runner, Tensor, Clip, Tiling | None, Callable[[Tensor], Tensor]], Pieces]] = {
+    "whole": _whole,
+    "exact": _exact,
+    "feather": _feather,
+}
