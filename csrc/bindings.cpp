@@ -5,6 +5,7 @@
 #include "cpu_features.hpp"
 #ifdef PUSA_ROW_OPS
 #include "row_bindings.hpp"
+#include "vae_tiling_bindings.hpp"
 #endif
 
 namespace py = pybind11;
@@ -34,5 +35,6 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("cuda_built", &cuda_built, "Whether this build holds CUDA code. Says nothing about a device being present.");
 #ifdef PUSA_ROW_OPS
   pusa::bind_row_ops(m);
+  pusa::bind_vae_tiling(m);
 #endif
 }

@@ -38,10 +38,14 @@ constexpr int W = 4;
 #endif
 
 using bf16 = uint16_t;
+struct f16 {
+  uint16_t bits;
+};
 typedef float Vec __attribute__((vector_size(4 * W)));
 typedef int32_t Ints __attribute__((vector_size(4 * W)));
 typedef uint32_t Bits __attribute__((vector_size(4 * W)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+typedef uint8_t Bytes __attribute__((vector_size(W)));
 
 // How many lanes of a step count: all, or the first `lanes` at the end of a row.
 struct All {};
@@ -88,6 +92,51 @@ PUSA_INLINE void store(bf16* p, Vec v, All) {
   __builtin_memcpy(p, &halves, sizeof halves);
 }
 
+// IEEE half precision. F16C, an extension of its own, is not asked for: AVX-512F holds its instructions, others do without.
+PUSA_INLINE Vec load(const f16* p, All) {
+#if defined(__AVX512F__)
+  __m256i halves;
+  __builtin_memcpy(&halves, p, sizeof halves);
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, halves);
+#else
+  Halves h;
+  __builtin_memcpy(&h, p, sizeof h);
+  const Bits wide = __builtin_convertvector(h, Bits), rest = (wide & 0x7fffu) << 13;
+  // The exponents' biases differ by 112; exact for subnormals too. All ones stay all ones: infinity and NaN.
+  const Bits finite = (Bits)((Vec)rest * 0x1p112f);
+  const Bits magnitude = rest >= 0x0f800000u ? rest | 0x7f800000u : finite;
+  return (Vec)(magnitude | ((wide & 0x8000u) << 16));
+#endif
+}
+
+// To nearest even.
+PUSA_INLINE void store(f16* p, Vec v, All) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Bits bits = (Bits)v, magnitude = bits & 0x7fffffffu;
+  // Below 2^-14 the addition of 1/2 rounds to the spacing of subnormals.
+  const Bits small = (Bits)((Vec)magnitude + 0.5f) - 0x3f000000u;
+  const Bits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const Bits infinite{}, nan = infinite + 0x7e00u;
+  const Bits large = magnitude > 0x7f800000u ? nan : infinite + 0x7c00u;
+  const Bits found = magnitude >= 0x47800000u ? large : (magnitude < 0x38800000u ? small : normal);
+  const Halves halves = __builtin_convertvector(found | ((bits >> 16) & 0x8000u), Halves);
+#endif
+  __builtin_memcpy(p, &halves, sizeof halves);
+}
+
+// Values of 0 to 255; the fraction goes.
+PUSA_INLINE void store(uint8_t* p, Vec v, All) {
+  const Ints ints = __builtin_convertvector(v, Ints);
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)ints);
+#else
+  const Bytes bytes = __builtin_convertvector(ints, Bytes);
+#endif
+  __builtin_memcpy(p, &bytes, sizeof bytes);
+}
+
 #if defined(__AVX512F__)
 PUSA_INLINE __mmask16 mask_of(First some) { return static_cast<__mmask16>((1u << some.lanes) - 1); }
 
@@ -103,7 +152,8 @@ PUSA_INLINE Vec load(const bf16* p, First some) {
 PUSA_INLINE void store(bf16* p, Vec v, First some) {
   _mm512_mask_cvtepi32_storeu_epi16(p, mask_of(some), (__m512i)rounded(v));
 }
-#else
+#endif
+
 template <class T>
 PUSA_INLINE Vec load(const T* p, First some) {  // zeros after the end
   T row[W] = {};
@@ -117,7 +167,6 @@ PUSA_INLINE void store(T* p, Vec v, First some) {
   store(row, v, All{});
   for (int i = 0; i < some.lanes; ++i) p[i] = row[i];
 }
-#endif
 
 PUSA_INLINE Vec keep(Vec v, All) { return v; }
 

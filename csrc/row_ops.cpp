@@ -5,16 +5,11 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "cpu_features.hpp"
+#include "parallel.hpp"
 
 namespace pusa {
 namespace {
@@ -64,6 +59,8 @@ int find_isa(const char* name, const std::string& said_by) {
 
 std::atomic<int> chosen_isa{-1};
 
+}  // namespace
+
 int current_isa() {
   int index = chosen_isa.load(std::memory_order_relaxed);
   if (index >= 0) return index;
@@ -77,41 +74,13 @@ int current_isa() {
   return index;
 }
 
+namespace {
+
 // Below this many elements of work for each, a second thread costs more than it gives; for adding up partial sums, below
 // kParallelSums. A block of rows whose sums go to one partial holds kSummedRows or more.
 constexpr std::int64_t kBlockElements = 16'384;
 constexpr std::int64_t kSummedRows = 64;
 constexpr std::int64_t kParallelSums = 1 << 20;
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-struct FreeAligned {
-  void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
-};
-using Floats = std::unique_ptr<float[], FreeAligned>;
-
-Floats allocate(std::int64_t count) {
-  const std::size_t bytes = static_cast<std::size_t>(std::max<std::int64_t>(count, 1)) * sizeof(float);
-  return Floats(static_cast<float*>(::operator new[](bytes, std::align_val_t(64))));
-}
-
-// work(block, scratch) for each block, blocks in equal consecutive shares. `work` must not throw.
-template <class Work>
-void parallel(std::int64_t blocks, int threads, std::int64_t scratch_floats, Work work) {
-  const std::int64_t stride = ceil_div(scratch_floats, 16) * 16;
-  threads = static_cast<int>(std::min<std::int64_t>(threads, blocks));
-#if defined(_OPENMP)
-  if (threads > 1) {
-    const Floats scratch = allocate(stride * threads);
-    float* const first = scratch.get();
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (std::int64_t block = 0; block < blocks; ++block) work(block, first + stride * omp_get_thread_num());
-    return;
-  }
-#endif
-  const Floats scratch = allocate(stride);
-  for (std::int64_t block = 0; block < blocks; ++block) work(block, scratch.get());
-}
 
 // kernel(args, span, scratch) on at most one span a thread, each a multiple of `step` items (but for the last).
 template <class Args>

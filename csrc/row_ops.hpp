@@ -186,6 +186,7 @@ const char* isa();
 void set_isa(const char* name);
 
 constexpr int kIsas = 3;
+int current_isa();                               // index of the one in use; throws as above
 bool isa_usable(int index, const char** name);  // index 0 .. kIsas - 1, narrowest first
 
 // What follows is implemented once per instruction set: row_norm.cpp, row_rope.cpp, row_pointwise.cpp, row_vae_act.cpp. A kernel
