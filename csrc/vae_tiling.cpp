@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "parallel.hpp"
 #include "row_ops.hpp"
@@ -49,6 +51,84 @@ void run_rows(const Args& args, void (*kernel)(const Args&, RowSpan, float*), co
     kernel(args, {top + task / pieces, picture.frames * piece / pieces, picture.frames * (piece + 1) / pieces}, room);
   });
 }
+
+using Positions = std::vector<std::int64_t>;
+
+// 0, `length` and the ends of the tiles along an axis, in order, none twice.
+template <class Start, class Size>
+Positions cuts(const std::vector<PlacedTile>& tiles, std::int64_t length, Start start, Size size) {
+  Positions found{0, length};
+  for (const PlacedTile& tile : tiles) {
+    found.push_back(start(tile));
+    found.push_back(start(tile) + size(tile));
+  }
+  std::sort(found.begin(), found.end());
+  found.erase(std::unique(found.begin(), found.end()), found.end());
+  return found;
+}
+
+// Which tiles cover what: the picture cut into bands, at most kBandRows high, and each into segments.
+struct Cover {
+  static constexpr std::int64_t kBandRows = 64;
+
+  std::vector<std::vector<float>> masks;  // of each tile, across, an element each
+  std::vector<Term> terms;
+  std::vector<Segment> segments;
+  Positions starts{0};
+  std::int64_t most_terms = 0;
+
+  Cover(const std::vector<PlacedTile>& tiles, const Clip& out, std::int64_t border_w) {
+    make_masks(tiles, out, border_w);
+    const auto top = [](const PlacedTile& tile) { return tile.top; };
+    const auto left = [](const PlacedTile& tile) { return tile.left; };
+    const Positions rows = cuts(tiles, out.height, top, [](const PlacedTile& tile) { return tile.clip.height; });
+    const Positions columns = cuts(tiles, out.width, left, [](const PlacedTile& tile) { return tile.clip.width; });
+    for (std::size_t i = 0; i + 1 < rows.size(); ++i) {
+      for (std::int64_t y = rows[i]; y < rows[i + 1]; y += kBandRows) {
+        add_band(tiles, y, std::min(y + kBandRows, rows[i + 1]), columns, out.channels);
+      }
+    }
+    const Term* next = terms.data();  // which moved while it grew
+    for (Segment& segment : segments) {
+      segment.terms = next;
+      next += segment.count;
+    }
+  }
+
+ private:
+  void make_masks(const std::vector<PlacedTile>& tiles, const Clip& out, std::int64_t border_w) {
+    std::map<std::pair<std::int64_t, std::int64_t>, std::size_t> known;
+    for (const PlacedTile& tile : tiles) {
+      const auto [place, is_new] = known.try_emplace({tile.left, tile.clip.width}, masks.size());
+      mask_of_.push_back(place->second);
+      if (!is_new) continue;
+      std::vector<float>& mask = masks.emplace_back();
+      for (std::int64_t i = 0; i < tile.clip.width * out.channels; ++i) {
+        mask.push_back(ramp_at(tile.left + i / out.channels, tile.left, tile.clip.width, out.width, border_w));
+      }
+    }
+  }
+
+  void add_band(const std::vector<PlacedTile>& tiles, std::int64_t top, std::int64_t bottom, const Positions& columns,
+                std::int64_t channels) {
+    for (std::size_t j = 0; j + 1 < columns.size(); ++j) {
+      Segment segment{top, bottom, columns[j] * channels, columns[j + 1] * channels, nullptr, 0};
+      for (std::size_t n = 0; n < tiles.size(); ++n) {
+        const PlacedTile& tile = tiles[n];
+        if (top < tile.top || top >= tile.top + tile.clip.height) continue;
+        if (columns[j] < tile.left || columns[j] >= tile.left + tile.clip.width) continue;
+        const std::int64_t offset = (columns[j] - tile.left) * channels;
+        terms.push_back({&tile, masks[mask_of_[n]].data() + offset, offset});
+        ++segment.count;
+      }
+      segments.push_back(segment);
+      most_terms = std::max(most_terms, segment.count);
+    }
+    starts.push_back(static_cast<std::int64_t>(segments.size()));
+  }
+
+  std::vector<std::size_t> mask_of_;
+};
 
 struct Axis {
   std::int64_t length, tile, stride;
@@ -125,6 +205,20 @@ void run(const BlendTiles& a, int threads) {
 
 void run(const FinishFrames& a, int threads) {
   run_rows(a, kKernels[current_isa()].finish_row, a.acc, 0, a.acc.height, threads);
+}
+
+void run(const std::vector<PlacedTile>& tiles, std::int64_t border_h, std::int64_t border_w, const Clip& out, bool clamp,
+         bool round, int threads) {
+  const Cover cover(tiles, out, border_w);
+  const FinishTiles args{out, tiles[0].clip.type, border_h, clamp, round, cover.segments.data(), cover.starts.data()};
+  const auto kernel = kKernels[current_isa()].finish_tiles;
+  const auto bands = static_cast<std::int64_t>(cover.starts.size()) - 1;
+  const std::int64_t elements = out.frames * out.height * out.width * out.channels;
+  const auto useful = static_cast<int>(std::clamp<std::int64_t>(elements / kTaskElements, 1, threads));
+  const std::int64_t scratch = kPictureRows * (out.width * out.channels + kScratchPad) + kTermFloats * cover.most_terms;
+  parallel(bands * out.frames, useful, scratch, [&](std::int64_t task, float* room) {
+    kernel(args, {task % bands, task / bands, task / bands + 1}, room);
+  });
 }
 
 }  // namespace pusa

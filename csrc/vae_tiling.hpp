@@ -52,6 +52,36 @@ struct FinishFrames {
   bool clamp, round;
 };
 
+// The two above in one, without memory for the sums: out = sum of mask * tile / sum of mask, of tiles that lie anywhere,
+// each of its own size. Pixels of no tile are NaN, as uint8 0.
+struct PlacedTile {
+  Clip clip;
+  std::int64_t top, left;
+};
+
+// A tile in a segment: its own elements there begin at `offset` of a row, those of its mask across at `mask`.
+struct Term {
+  const PlacedTile* tile;
+  const float* mask;
+  std::int64_t offset;
+};
+
+// Elements first .. last of rows top .. bottom, which the same tiles cover: `count` terms from `terms` on.
+struct Segment {
+  std::int64_t top, bottom, first, last;
+  const Term* terms;
+  std::int64_t count;
+};
+
+struct FinishTiles {
+  Clip out;
+  Element type;  // of all tiles
+  std::int64_t border_h;
+  bool clamp, round;
+  const Segment* segments;     // band by band: those of the same rows stand together, from left to right
+  const std::int64_t* starts;  // of each band's segments, and their end
+};
+
 struct TileSpan {
   std::int64_t top, bottom, left, right;
 };
@@ -65,6 +95,8 @@ std::vector<TileSpan> tile_plan(std::int64_t height, std::int64_t width, std::in
 void run(const GatherTiles& args, int threads);
 void run(const BlendTiles& args, int threads);
 void run(const FinishFrames& args, int threads);
+void run(const std::vector<PlacedTile>& tiles, std::int64_t border_h, std::int64_t border_w, const Clip& out, bool clamp,
+         bool round, int threads);
 
 // On a CUDA device, which is current during the call only: queued on `stream` (a cudaStream_t), not waited for. Throws
 // std::runtime_error with CUDA's words where a launch fails.
@@ -74,18 +106,19 @@ void run(const BlendTiles& args, int device, void* stream);
 void run(const FinishFrames& args, int device, void* stream);
 }  // namespace cuda
 
-// What follows is implemented once per instruction set, in vae_tiling_rows.cpp: row y of frames first .. last. `scratch`
-// holds kPictureRows rows of kScratchPad + W * C floats.
+// What follows is implemented once per instruction set, in vae_tiling_rows.cpp: row (or band) y of frames first .. last.
+// `scratch` holds kPictureRows rows of kScratchPad + W * C floats, finish_tiles' also kTermFloats for each term of a segment.
 struct RowSpan {
   std::int64_t y, first, last;
 };
 
 constexpr int kPictureRows = 3;
-constexpr std::int64_t kScratchPad = 64;
+constexpr std::int64_t kScratchPad = 64, kTermFloats = 8;
 
 #define PUSA_PICTURE_KERNELS(DO) \
   DO(blend_row, BlendTiles)      \
-  DO(finish_row, FinishFrames)
+  DO(finish_row, FinishFrames)   \
+  DO(finish_tiles, FinishTiles)
 
 #define PUSA_DECLARE(name, Args) void name(const Args& args, RowSpan span, float* scratch);
 namespace base {

@@ -36,10 +36,10 @@ std::int64_t integer(const std::string& name, py::handle value, std::int64_t lea
   return found;
 }
 
-std::vector<std::int64_t> places(const char* name, py::handle values, const TensorView& tiles) {
-  const py::sequence list = py::reinterpret_borrow<py::object>(values);
-  if (static_cast<std::int64_t>(list.size()) != tiles.size(0)) {
-    throw std::invalid_argument(std::string(name) + " must have one entry for each of " + std::to_string(tiles.size(0)) +
+std::vector<std::int64_t> places(const char* name, py::handle values, std::int64_t count) {
+  const auto list = values.cast<py::sequence>();
+  if (static_cast<std::int64_t>(list.size()) != count) {
+    throw std::invalid_argument(std::string(name) + " must have one entry for each of " + std::to_string(count) +
                                 " tiles, got " + std::to_string(list.size()));
   }
   std::vector<std::int64_t> found;
@@ -47,36 +47,38 @@ std::vector<std::int64_t> places(const char* name, py::handle values, const Tens
   return found;
 }
 
+void require_inside(const char* name, std::int64_t start, std::int64_t size, std::int64_t length) {
+  if (size <= length && start <= length - size) return;
+  throw std::invalid_argument(std::string(name) + " must keep a tile of " + std::to_string(size) + " inside " +
+                              std::to_string(length) + " pixels, got " + std::to_string(start));
+}
+
 // Where the tiles lie in a picture; kept while a TileBatch points to it.
 class Places {
  public:
-  Places(py::handle tops, py::handle lefts, const TensorView& tiles)
-      : tops_(places("tops", tops, tiles)), lefts_(places("lefts", lefts, tiles)) {}
-
-  TileBatch batch(const TensorView& tiles, const Clip& tile, const Clip& picture) const {
-    require_inside("tops", tops_, tile.height, picture.height);
-    require_inside("lefts", lefts_, tile.width, picture.width);
+  Places(py::handle tops, py::handle lefts, std::int64_t count)
+      : tops_(places("tops", tops, count)), lefts_(places("lefts", lefts, count)) {
     std::vector<std::pair<std::int64_t, std::int64_t>> corners;
     for (std::size_t n = 0; n < tops_.size(); ++n) corners.emplace_back(tops_[n], lefts_[n]);
     std::sort(corners.begin(), corners.end());
     const auto twice = std::adjacent_find(corners.begin(), corners.end());
-    if (twice != corners.end()) {
-      throw std::invalid_argument("tops and lefts must name each tile once, got (" + std::to_string(twice->first) + ", " +
-                                  std::to_string(twice->second) + ") twice");
-    }
-    return {tile, tiles.stride(0), tiles.size(0), tops_.data(), lefts_.data()};
+    if (twice == corners.end()) return;
+    throw std::invalid_argument("tops and lefts must name each tile once, got (" + std::to_string(twice->first) + ", " +
+                                std::to_string(twice->second) + ") twice");
+  }
+
+  PlacedTile tile(std::size_t n, const Clip& tile, const Clip& picture) const {
+    require_inside("tops", tops_[n], tile.height, picture.height);
+    require_inside("lefts", lefts_[n], tile.width, picture.width);
+    return {tile, tops_[n], lefts_[n]};
+  }
+
+  TileBatch batch(const TensorView& tiles, const Clip& first, const Clip& picture) const {
+    for (std::size_t n = 0; n < tops_.size(); ++n) tile(n, first, picture);
+    return {first, tiles.stride(0), tiles.size(0), tops_.data(), lefts_.data()};
   }
 
  private:
-  static void require_inside(const char* name, const std::vector<std::int64_t>& starts, std::int64_t size,
-                             std::int64_t length) {
-    for (const std::int64_t start : starts) {
-      if (size <= length && start <= length - size) continue;
-      throw std::invalid_argument(std::string(name) + " must keep tiles of " + std::to_string(size) + " inside " +
-                                  std::to_string(length) + " pixels, got " + std::to_string(start));
-    }
-  }
-
   std::vector<std::int64_t> tops_, lefts_;
 };
 
@@ -129,9 +131,13 @@ float* weights(const TensorView& weight, const TensorView& acc) {
   return static_cast<float*>(weight.data());
 }
 
+int thread_count(py::handle threads) {
+  return checked_threads(static_cast<int>(std::min<std::int64_t>(integer("threads", threads, 1), 1024)));
+}
+
 template <class Args>
 void launch(const Args& args, const TensorView& on, py::handle threads_, py::handle stream_) {
-  const auto threads = checked_threads(static_cast<int>(std::min<std::int64_t>(integer("threads", threads_, 1), 1024)));
+  const int threads = thread_count(threads_);
   const auto stream = static_cast<std::uintptr_t>(integer("stream", stream_, 0));
   if (on.is_cpu() && stream != 0) throw std::invalid_argument("stream must be 0 on the CPU, got " + std::to_string(stream));
   const py::gil_scoped_release unlocked;
@@ -162,7 +168,7 @@ void gather_tiles(py::handle source_, py::handle tiles_, py::handle tops, py::ha
   tiles.require_contiguous();
   require_same(tiles, "frames", tile.frames, source, from.frames);
   require_same(tiles, "channels", tile.channels, source, from.channels);
-  const Places where(tops, lefts, tiles);
+  const Places where(tops, lefts, tiles.size(0));
   if (tiles.size(0) == 0) return;
   require_not_empty(tiles, 1);
   require_output(tiles, {&source});
@@ -179,7 +185,7 @@ void blend_tiles(py::handle tiles_, py::handle acc_, py::handle weight_, py::han
   require_same(tiles, "channels", tile.channels, acc, sum.channels);
   require_not_empty(acc, 0);
   require_packed(acc, sum);
-  const Places where(tops, lefts, tiles);
+  const Places where(tops, lefts, tiles.size(0));
   float* const weight_sums = weights(weight, acc);
   const std::int64_t down = integer("border_h", border_h, 0), across = integer("border_w", border_w, 0);
   if (tiles.size(0) == 0) return;
@@ -204,6 +210,33 @@ void finish_frames(py::handle acc_, py::handle weight_, py::handle out_, bool cl
   launch(FinishFrames{from, to, weight_sums, clamp, round}, out, threads, stream);
 }
 
+void finish_tiles(py::handle tiles_, py::handle tops, py::handle lefts, py::handle border_h, py::handle border_w,
+                  py::handle out_, bool clamp, bool round, py::handle threads_) {
+  const TensorView out("out", out_);
+  const Clip to = clip(out, 4, element(out, true));
+  std::vector<TensorView> views;
+  for (const py::handle tile : tiles_.cast<py::sequence>()) views.emplace_back("a tile", tile);
+  if (views.empty()) throw std::invalid_argument("tiles must hold at least one tile, got none");
+  const Places where(tops, lefts, static_cast<std::int64_t>(views.size()));
+  require_not_empty(out, 0);
+  require_output(out, {});
+  std::vector<PlacedTile> tiles;
+  for (const TensorView& view : views) {
+    const Clip tile = clip(view, 4, element(view, false));
+    if (!view.same_dtype(views[0])) view.fail("must have the dtype of the others, " + views[0].dtype(), view.dtype());
+    require_same(view, "frames", tile.frames, out, to.frames);
+    require_same(view, "channels", tile.channels, out, to.channels);
+    require_not_empty(view, 0);
+    require_packed(view, tile);
+    out.require_apart(view);
+    tiles.push_back(where.tile(tiles.size(), tile, to));
+  }
+  const std::int64_t down = integer("border_h", border_h, 0), across = integer("border_w", border_w, 0);
+  const int threads = thread_count(threads_);
+  const py::gil_scoped_release unlocked;
+  run(tiles, down, across, to, clamp, round, threads);
+}
+
 }  // namespace
 
 void bind_vae_tiling(py::module_& m) {
@@ -211,6 +244,7 @@ void bind_vae_tiling(py::module_& m) {
   m.def("gather_tiles", &gather_tiles);
   m.def("blend_tiles", &blend_tiles);
   m.def("finish_frames", &finish_frames);
+  m.def("finish_tiles", &finish_tiles);
 }
 
 }  // namespace pusa

@@ -90,16 +90,29 @@ PUSA_INLINE void unpack(const T* room, const Clip& clip, T* row) {
   }
 }
 
-PUSA_INLINE Vec finished(Vec v, const FinishFrames& a, const uint8_t*) { return level(v, a.round); }
+template <class Args>
+PUSA_INLINE Vec finished(Vec v, const Args& a, const uint8_t*) {
+  return level(v, a.round);
+}
 
-template <class T>
-PUSA_INLINE Vec finished(Vec v, const FinishFrames& a, const T*) {
+template <class Args, class T>
+PUSA_INLINE Vec finished(Vec v, const Args& a, const T*) {
   return a.clamp ? clamped(v) : v;
+}
+
+// out = in / weight, or in where there is no weight: a row of elements.
+template <class In, class Args, class Out>
+PUSA_INLINE void finish_elements(const In* in, const float* weight, const Args& a, Out* out) {
+  each(a.out.width * a.out.channels, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
+    Vec v = read(in + i, lanes);
+    if (weight) v = v / load(weight + i, lanes);
+    store(out + i, finished(v, a, out), lanes);
+  });
 }
 
 template <class In, class Out>
 void finish(const FinishFrames& a, RowSpan span, float* scratch) {
-  const int64_t C = a.acc.channels, elements = a.acc.width * C;
+  const int64_t C = a.acc.channels;
   float* weight = a.weight ? picture_row(scratch, a.acc, 0) : nullptr;
   In* in_room = reinterpret_cast<In*>(picture_row(scratch, a.acc, 1));
   Out* out_room = reinterpret_cast<Out*>(picture_row(scratch, a.acc, 2));
@@ -111,12 +124,56 @@ void finish(const FinishFrames& a, RowSpan span, float* scratch) {
     const In* in = packed(at<const In>(a.acc, t, span.y), a.acc, in_room);
     Out* row = at<Out>(a.out, t, span.y);
     Out* out = direct ? row : out_room;
-    each(elements, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
-      Vec v = read(in + i, lanes);
-      if (weight) v = v / load(weight + i, lanes);
-      store(out + i, finished(v, a, out), lanes);
-    });
+    finish_elements(in, weight, a, out);
     if (!direct) unpack(out, a.out, row);
+  }
+}
+
+// A term in one row: its values and its mask across from the segment's first element on, and its weight down.
+template <class T>
+struct RowTerm {
+  const T* values;
+  const float* mask;
+  float down;
+};
+
+template <class T, class Out>
+PUSA_INLINE void finish_segment(const FinishTiles& a, const Segment& segment, int64_t t, int64_t y, RowTerm<T>* terms,
+                                Out* out) {
+  static_assert(sizeof(RowTerm<T>) <= kTermFloats * sizeof(float), "a term has its room in the scratch memory");
+  RowTerm<T>* const end = terms + segment.count;
+  for (int64_t k = 0; k < segment.count; ++k) {
+    const PlacedTile& tile = *segment.terms[k].tile;
+    terms[k] = {at<T>(tile.clip, t, y - tile.top) + segment.terms[k].offset, segment.terms[k].mask,
+                ramp_at(y, tile.top, tile.clip.height, a.out.height, a.border_h)};
+  }
+  each(segment.last - segment.first, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
+    Vec sum{}, weight{};
+    for (const RowTerm<T>* term = terms; term < end; ++term) {
+      const Vec across = load(term->mask + i, lanes), limit = broadcast(term->down);
+      const Vec mask = across < limit ? across : limit;
+      sum += mask * load(term->values + i, lanes);
+      weight += mask;
+    }
+    store(out + i, finished(sum / weight, a, out), lanes);
+  });
+}
+
+template <class T, class Out>
+void finish_band(const FinishTiles& a, RowSpan span, float* scratch) {
+  const Segment *first = a.segments + a.starts[span.y], *last = a.segments + a.starts[span.y + 1];
+  Out* const room = reinterpret_cast<Out*>(picture_row(scratch, a.out, 0));
+  auto* const terms = reinterpret_cast<RowTerm<T>*>(picture_row(scratch, a.out, kPictureRows));
+  const bool direct = a.out.pixel == a.out.channels;
+  for (int64_t t = span.first; t < span.last; ++t) {
+    for (int64_t y = first->top; y < first->bottom; ++y) {
+      Out* const row = at<Out>(a.out, t, y);
+      Out* const out = direct ? row : room;
+      for (const Segment* segment = first; segment < last; ++segment) {
+        finish_segment(a, *segment, t, y, terms, out + segment->first);
+      }
+      if (!direct) unpack(out, a.out, row);
+    }
   }
 }
 
@@ -132,6 +189,14 @@ void finish_row(const FinishFrames& a, RowSpan span, float* scratch) {
   with_element(a.acc.type, [&](auto in) {
     if constexpr (sizeof(in) != 1) {
       with_element(a.out.type, [&](auto out) { finish<decltype(in), decltype(out)>(a, span, scratch); });
+    }
+  });
+}
+
+void finish_tiles(const FinishTiles& a, RowSpan span, float* scratch) {
+  with_element(a.type, [&](auto in) {
+    if constexpr (sizeof(in) != 1) {
+      with_element(a.out.type, [&](auto out) { finish_band<decltype(in), decltype(out)>(a, span, scratch); });
     }
   });
 }
