@@ -1,4 +1,6 @@
 # Tensors are DLPack capsules or objects with __dlpack__. Shapes: csrc/row_ops.hpp, checks: csrc/row_bindings.cpp.
+from collections.abc import Sequence
+
 __version__: str
 
 def cpu_features() -> dict[str, bool]: ...
@@ -117,6 +119,42 @@ def vae_act(
     out: object | None,
     silu: bool,
     upsampled: bool,
+    threads: int,
+    /,
+) -> None: ...
+
+# Shapes: csrc/vae_tiling.hpp, checks: csrc/vae_tiling_bindings.cpp. Tensors are on the CPU, stream 0, or (not finish_tiles) all
+# on one CUDA device, `stream` a cudaStream_t.
+def tile_plan(
+    height: int, width: int, tile_h: int, tile_w: int, stride_h: int, stride_w: int, /
+) -> list[tuple[int, int, int, int]]: ...
+def gather_tiles(
+    source: object, tiles: object, tops: Sequence[int], lefts: Sequence[int], threads: int, stream: int, /
+) -> None: ...
+def blend_tiles(
+    tiles: object,
+    acc: object,
+    weight: object,
+    tops: Sequence[int],
+    lefts: Sequence[int],
+    border_h: int,
+    border_w: int,
+    threads: int,
+    stream: int,
+    /,
+) -> None: ...
+def finish_frames(
+    acc: object, weight: object | None, out: object, clamp: bool, round: bool, threads: int, stream: int, /
+) -> None: ...
+def finish_tiles(
+    tiles: Sequence[object],
+    tops: Sequence[int],
+    lefts: Sequence[int],
+    border_h: int,
+    border_w: int,
+    out: object,
+    clamp: bool,
+    round: bool,
     threads: int,
     /,
 ) -> None: ...

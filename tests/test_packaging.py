@@ -95,7 +95,7 @@ def test_native_reports_version_and_cpu() -> None:
     assert list(features) == ["avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx"]
     assert set(map(type, features.values())) == {bool}
     assert features["avx512f"] or not (features["avx512bw"] or features["avx512_bf16"])
-    assert native.cuda_built() is False
+    assert isinstance(native.cuda_built(), bool)
 
 
 def test_cpu_features_agree_with_the_operating_system() -> None:

@@ -1,15 +1,11 @@
 """How the VAE is to work in tiles, and where the tiles lie.
 
-The plan is the reference's (diffsynth/models/wan_video_vae.py, `tiled_encode` and `tiled_decode`).
+The plan is the reference's (diffsynth/models/wan_video_vae.py, `tiled_encode` and `tiled_decode`); `blending` follows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 MODES = ("feather", "exact", "auto")
 
@@ -55,54 +51,3 @@ def tile_spans(length: int, tile: int, stride: int) -> list[tuple[int, int]]:
     """(start, stop) of the tiles along one axis; the last one may be shorter, none lies wholly inside its predecessor."""
     starts = [p for p in range(0, length, stride) if p < stride or p - stride + tile < length]
     return [(p, min(p + tile, length)) for p in starts]
-
-
-def feather_mask(span: tuple[int, int], length: int, border: int, device: torch.device) -> Tensor:
-    """Weights of one tile along one axis [span length]: a ramp of `border` entries at each end inside the image.
-
-    Where the two ramps overlap the right one stands, as in the reference; a tile shorter than the border, which the
-    reference cannot do, takes the part of the ramp that fits.
-    """
-    size = span[1] - span[0]
-    mask = torch.ones(size, device=device)
-    if border == 0:
-        return mask
-    ramp = (torch.arange(border, dtype=torch.float32, device=device) + 1) / border
-    n = min(border, size)
-    if span[0] > 0:
-        mask[:n] = ramp[:n]
-    if span[1] < length:
-        mask[size - n :] = ramp[:n].flip(0)
-    return mask
-
-
-def blend_tiles(
-    x: Tensor,
-    run: Callable[[Tensor], Tensor],
-    size: tuple[int, int, int],
-    tiling: Tiling,
-    *,
-    in_scale: int,
-    out_scale: int,
-    channels: int,
-) -> Tensor:
-    """Run `run` on each tile of x [B, C, T, in_scale*h, in_scale*w] and blend.
-
-    `size` = (frames, h, w): frames of the result, height and width in latent pixels. Returns
-    [B, channels, frames, out_scale*h, out_scale*w] float32 (or x's dtype where that is wider).
-    """
-    frames, h, w = size
-    acc = torch.promote_types(x.dtype, torch.float32)
-    out = x.new_zeros(x.shape[0], channels, frames, h * out_scale, w * out_scale, dtype=acc)
-    weight = x.new_zeros(h * out_scale, w * out_scale, dtype=acc)
-    border_h, border_w = ((t - s) * out_scale for t, s in zip(tiling.tile, tiling.stride, strict=True))
-    for top, bottom in tile_spans(h, tiling.tile[0], tiling.stride[0]):
-        rows = feather_mask((top * out_scale, bottom * out_scale), h * out_scale, border_h, x.device)
-        for left, right in tile_spans(w, tiling.tile[1], tiling.stride[1]):
-            columns = feather_mask((left * out_scale, right * out_scale), w * out_scale, border_w, x.device)
-            mask = torch.minimum(rows[:, None], columns[None, :]).to(acc)
-            tile = run(x[..., top * in_scale : bottom * in_scale, left * in_scale : right * in_scale])
-            area = (..., slice(top * out_scale, bottom * out_scale), slice(left * out_scale, right * out_scale))
-            out[area] += tile.to(acc) * mask
-            weight[area] += mask
-    return out / weight

@@ -7,16 +7,17 @@ leave while later ones are still to come. Source: Wan2.1 wan/modules/vae.py; par
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from pusa_fast.config import VAEConfig
 from pusa_fast.model import vae_memory
+from pusa_fast.model.blending import finish_frames
 from pusa_fast.model.tiling import Tiling
 from pusa_fast.model.vae_layers import CausalConv3d, Decoder, Encoder
-from pusa_fast.model.vae_modes import MODES, Clip, Runner, join
+from pusa_fast.model.vae_modes import MODES, Clip, Finish, Runner, join
 from pusa_fast.model.vae_stages import decoder_stages, encoder_stages
 from pusa_fast.model.vae_stream import pointwise
 from pusa_fast.ops.convolution import can_add
@@ -75,11 +76,12 @@ class WanVAE(nn.Module):
         clip = Clip(self.latent_frames(video.shape[2]), (video.shape[3] // s, video.shape[4] // s))
         mean, std = self._statistics()
 
-        def finish(head: Tensor) -> Tensor:
+        def normalised(head: Tensor) -> Tensor:
             return ((pointwise(self.conv1, head.to(self.dtype), self.config.z_dim) - mean) / std).to(video.dtype)
 
         tiling = self.resolve("encode", tuple(video.shape), tiling)
         x = video.to(self.device).permute(0, 2, 3, 4, 1)
+        finish = Finish(normalised, lambda blended: normalised(blended.values(clamp=False)))
         z = join(self._run("encode", x, clip, tiling, finish), clip.latents)
         return z.permute(0, 4, 1, 2, 3).contiguous()
 
@@ -89,7 +91,8 @@ class WanVAE(nn.Module):
 
         The result lies channels-last in memory. Raises ValueError for another number of channels or an empty clip.
         """
-        pieces = self._decode(z, tiling, lambda frames: frames.clamp(-1, 1).to(z.dtype))
+        finish = Finish(lambda piece: piece.clamp(-1, 1).to(z.dtype), lambda blended: blended.values(clamp=True).to(z.dtype))
+        pieces = self._decode(z, tiling, finish)
         return join(pieces, 1 + self.config.temporal_factor * (z.shape[2] - 1)).permute(0, 4, 1, 2, 3)
 
     def decode_frames(self, z: Tensor, tiling: Tiling | None = None, rounded: bool = False) -> Iterator[Tensor]:
@@ -97,7 +100,11 @@ class WanVAE(nn.Module):
 
         (x + 1) * 127.5, truncated as the reference does, or `rounded`. In tiles there is one piece, the whole clip.
         """
-        return self._decode(z, tiling, lambda frames: finish_frames(frames, rounded))
+
+        def levels(piece: Tensor) -> Tensor:
+            return torch.unflatten(finish_frames(piece.flatten(0, 1), rounded), 0, piece.shape[:2])
+
+        return self._decode(z, tiling, Finish(levels, lambda blended: blended.frames(rounded)))
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, not normalised, of a clip [B, 3, T, H, W] in one piece, with gradients."""
@@ -115,7 +122,7 @@ class WanVAE(nn.Module):
         adds = can_add(self.device, self.dtype) if self.adds is None else self.adds
         return Runner(stages, adds, self.dtype.itemsize, self.chunk_bytes or default_chunk_bytes(self.device))
 
-    def _decode(self, z: Tensor, tiling: Tiling | None, finish: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    def _decode(self, z: Tensor, tiling: Tiling | None, finish: Finish) -> Iterator[Tensor]:
         cfg = self.config
         if z.ndim != 5 or z.shape[1] != cfg.z_dim or not z.numel():
             raise ValueError(f"decode takes latents [B, {cfg.z_dim}, F, h, w], got {tuple(z.shape)}")
@@ -127,7 +134,7 @@ class WanVAE(nn.Module):
         return self._run("decode", x, clip, tiling, finish)
 
     @torch.no_grad()
-    def _run(self, kind: str, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    def _run(self, kind: str, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Finish) -> Iterator[Tensor]:
         yield from MODES["whole" if tiling is None else tiling.mode](self.runner(kind), x, clip, tiling, finish)
 
     def resolve(self, kind: str, shape: tuple[int, ...], tiling: Tiling | None) -> Tiling | None:
@@ -144,8 +151,3 @@ def default_chunk_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return _CHUNK_BYTES_CPU
     return int(torch.cuda.get_device_properties(device).total_memory) // _CHUNK_SHARE_CUDA
-
-
-def finish_frames(frames: Tensor, rounded: bool) -> Tensor:
-    levels = ((frames.float() + 1) * 127.5).clamp(0, 255)
-    return (levels.round() if rounded else levels).to(torch.uint8)

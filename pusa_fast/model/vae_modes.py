@@ -12,14 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from pusa_fast.model.tiling import Tiling, blend_tiles, tile_spans
+from pusa_fast.model.blending import Blend, blend
+from pusa_fast.model.tiling import Tiling, tile_spans
 from pusa_fast.model.vae_layers import Head
 from pusa_fast.model.vae_stages import Box, Stage, crop, flow, full, trace
 from pusa_fast.model.vae_stream import Stream
 
 Pieces = Iterator[Tensor]
+
+
+# Tiles smaller than this are run several at a time.
+_BATCH_LATENT_PIXELS = 1024
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,14 @@ class Clip:
 
     latents: int
     size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What becomes of the last layer's output: a piece [B, t, H, W, C], or a clip blended of tiles, to [T, H, W, C']."""
+
+    piece: Callable[[Tensor], Tensor]
+    blend: Callable[[Blend], Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,19 +100,19 @@ def join(pieces: Pieces, frames: int) -> Tensor:
     return out
 
 
-def _whole(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Callable[[Tensor], Tensor]) -> Pieces:
+def _whole(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Finish) -> Pieces:
     for piece in runner.run(runner.stages, x, clip):
-        yield finish(piece)
+        yield finish.piece(piece)
 
 
-def _exact(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Callable[[Tensor], Tensor]) -> Pieces:
+def _exact(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Finish) -> Pieces:
     assert tiling is not None
     if not runner.decodes:
         features = _in_boxes(runner, x, clip, tiling, lambda piece: piece)
-        yield from map(finish, runner.run(runner.inner, features, clip))
+        yield from map(finish.piece, runner.run(runner.inner, features, clip))
         return
     features = join(runner.run(runner.inner, x, clip), clip.latents)
-    yield _in_boxes(runner, features, clip, tiling, finish)
+    yield _in_boxes(runner, features, clip, tiling, finish.piece)
 
 
 def _in_boxes(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling, finish: Callable[[Tensor], Tensor]) -> Tensor:
@@ -125,21 +139,22 @@ def exact_boxes(size: tuple[int, int], tiling: Tiling, scale: int) -> Iterator[B
             yield (top * scale, bottom * scale), (left * scale, right * scale)
 
 
-def _feather(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Callable[[Tensor], Tensor]) -> Pieces:
+def _feather(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Finish) -> Pieces:
     assert tiling is not None
+    first, last = runner.stages[0].scale[0], runner.stages[-1].scale[1]
     frames = runner.frames(runner.stages, clip)
 
-    def run(tile: Tensor) -> Tensor:
-        tile = tile.permute(0, 2, 3, 4, 1)
-        size = tile.shape[2] // runner.stages[0].scale[0], tile.shape[3] // runner.stages[0].scale[0]
-        return join(runner.run(runner.stages, tile, Clip(clip.latents, size)), frames).permute(0, 4, 1, 2, 3)
+    def run(tiles: Tensor) -> Tensor:
+        size = (tiles.shape[2] // first, tiles.shape[3] // first)
+        return join(runner.run(runner.stages, tiles, Clip(clip.latents, size)), frames)
 
-    scales = runner.stages[0].scale[0], runner.stages[-1].scale[1]
-    out = blend_tiles(x.permute(0, 4, 1, 2, 3), run, (frames, *clip.size), tiling, in_scale=scales[0], out_scale=scales[1], channels=runner.channels)
-    yield finish(out.permute(0, 2, 3, 4, 1))
+    pixels = tiling.tile[0] * tiling.tile[1]
+    batch = max(1, _BATCH_LATENT_PIXELS // pixels)
+    blends = blend(x, run, frames, tiling, in_scale=first, out_scale=last, channels=runner.channels, batch=batch)
+    yield torch.stack([finish.blend(blended) for blended in blends]) if len(blends) > 1 else finish.blend(blends[0])[None]
 
 
-MODES: dict[str, Callable[[Runner, Tensor, Clip, Tiling | None, Callable[[Tensor], Tensor]], Pieces]] = {
+MODES: dict[str, Callable[[Runner, Tensor, Clip, Tiling | None, Finish], Pieces]] = {
     "whole": _whole,
     "exact": _exact,
     "feather": _feather,
