@@ -11,6 +11,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #include "row_ops.hpp"
@@ -131,6 +133,15 @@ PUSA_INLINE void store(uint8_t* p, Vec v, All) {
   const Ints ints = __builtin_convertvector(v, Ints);
 #if defined(__AVX512F__)
   const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)ints);
+#elif defined(__SSE2__)  // by hand, since GCC takes the lanes one by one
+#if defined(__AVX2__)
+  const __m128i low = _mm256_castsi256_si128((__m256i)ints), high = _mm256_extracti128_si256((__m256i)ints, 1);
+#else
+  const __m128i low = (__m128i)ints, high = low;
+#endif
+  const __m128i words = _mm_packs_epi32(low, high), packed = _mm_packus_epi16(words, words);
+  uint8_t bytes[W];
+  __builtin_memcpy(bytes, &packed, sizeof bytes);
 #else
   const Bytes bytes = __builtin_convertvector(ints, Bytes);
 #endif

@@ -45,7 +45,7 @@ void run_rows(const Args& args, void (*kernel)(const Args&, RowSpan, float*), co
   const std::int64_t pieces = ceil_div(picture.frames, kFrames), tasks = (bottom - top) * pieces;
   const std::int64_t elements = (bottom - top) * picture.frames * picture.width * picture.channels;
   const auto useful = static_cast<int>(std::clamp<std::int64_t>(elements / kTaskElements, 1, threads));
-  const std::int64_t scratch = kPictureRows * (picture.width * picture.channels + kScratchPad);
+  const std::int64_t scratch = kPictureRows * scratch_stride(picture.width * picture.channels);
   parallel(tasks, useful, scratch, [&](std::int64_t task, float* room) {
     const std::int64_t piece = task % pieces;
     kernel(args, {top + task / pieces, picture.frames * piece / pieces, picture.frames * (piece + 1) / pieces}, room);
@@ -215,9 +215,10 @@ void run(const std::vector<PlacedTile>& tiles, std::int64_t border_h, std::int64
   const auto bands = static_cast<std::int64_t>(cover.starts.size()) - 1;
   const std::int64_t elements = out.frames * out.height * out.width * out.channels;
   const auto useful = static_cast<int>(std::clamp<std::int64_t>(elements / kTaskElements, 1, threads));
-  const std::int64_t scratch = kPictureRows * (out.width * out.channels + kScratchPad) + kTermFloats * cover.most_terms;
-  parallel(bands * out.frames, useful, scratch, [&](std::int64_t task, float* room) {
-    kernel(args, {task % bands, task / bands, task / bands + 1}, room);
+  const std::int64_t scratch = kPictureRows * scratch_stride(out.width * out.channels) + kTermFloats * cover.most_terms;
+  parallel(bands * ceil_div(out.frames, kBandFrames), useful, scratch, [&](std::int64_t task, float* room) {
+    const std::int64_t first = task / bands * kBandFrames;
+    kernel(args, {task % bands, first, std::min(first + kBandFrames, out.frames)}, room);
   });
 }
 

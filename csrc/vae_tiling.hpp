@@ -107,13 +107,14 @@ void run(const FinishFrames& args, int device, void* stream);
 }  // namespace cuda
 
 // What follows is implemented once per instruction set, in vae_tiling_rows.cpp: row (or band) y of frames first .. last.
-// `scratch` holds kPictureRows rows of kScratchPad + W * C floats, finish_tiles' also kTermFloats for each term of a segment.
+// `scratch` holds kPictureRows rows of scratch_stride(W * C) floats, finish_tiles' also kTermFloats for each term of a segment.
 struct RowSpan {
   std::int64_t y, first, last;
 };
 
 constexpr int kPictureRows = 3;
-constexpr std::int64_t kScratchPad = 64, kTermFloats = 8;
+constexpr std::int64_t kTermFloats = 8;
+constexpr int kBandFrames = 4;  // of a band, at a time
 
 #define PUSA_PICTURE_KERNELS(DO) \
   DO(blend_row, BlendTiles)      \

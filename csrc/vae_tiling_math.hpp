@@ -36,6 +36,9 @@ PUSA_BOTH float ramp_at(int64_t position, int64_t start, int64_t size, int64_t l
   return ramp(position - start, size, border, start > 0, start < length - size);
 }
 
+// Floats between the rows of a kernel's scratch memory, so that each begins where vectors do.
+PUSA_BOTH int64_t scratch_stride(int64_t elements) { return (elements + 79) / 16 * 16; }
+
 PUSA_BOTH float smaller(float a, float b) { return a < b ? a : b; }
 
 // Level of 0 .. 255 of a value of -1 .. 1, its fraction kept for the store to drop unless `round`ed away, half to even.

@@ -8,7 +8,7 @@ namespace PUSA_ISA {
 namespace {
 
 PUSA_INLINE float* picture_row(float* scratch, const Clip& clip, int index) {
-  return scratch + index * (clip.width * clip.channels + kScratchPad);
+  return scratch + index * scratch_stride(clip.width * clip.channels);
 }
 
 template <class T>
@@ -129,33 +129,49 @@ void finish(const FinishFrames& a, RowSpan span, float* scratch) {
   }
 }
 
+// sum / weight, given 1 / weight: corrected once, which rounds it as a division does. Infinity stays.
+PUSA_INLINE Vec quotient(Vec sum, Vec weight, Vec inverse) {
+#if defined(__FMA__)
+  const Vec near = sum * inverse, exact = near + (sum - near * weight) * inverse;
+  return exact == exact ? exact : near;
+#else
+  (void)inverse;
+  return sum / weight;
+#endif
+}
+
 // A term in one row: its values and its mask across from the segment's first element on, and its weight down.
 template <class T>
 struct RowTerm {
   const T* values;
+  int64_t frame;  // stride to the next frame
   const float* mask;
   float down;
 };
 
-template <class T, class Out>
+// F frames from t on share the masks.
+template <int F, class T, class Out>
 PUSA_INLINE void finish_segment(const FinishTiles& a, const Segment& segment, int64_t t, int64_t y, RowTerm<T>* terms,
                                 Out* out) {
   static_assert(sizeof(RowTerm<T>) <= kTermFloats * sizeof(float), "a term has its room in the scratch memory");
   RowTerm<T>* const end = terms + segment.count;
   for (int64_t k = 0; k < segment.count; ++k) {
     const PlacedTile& tile = *segment.terms[k].tile;
-    terms[k] = {at<T>(tile.clip, t, y - tile.top) + segment.terms[k].offset, segment.terms[k].mask,
+    terms[k] = {at<T>(tile.clip, t, y - tile.top) + segment.terms[k].offset, tile.clip.frame, segment.terms[k].mask,
                 ramp_at(y, tile.top, tile.clip.height, a.out.height, a.border_h)};
   }
   each(segment.last - segment.first, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
-    Vec sum{}, weight{};
+    Vec sum[F] = {}, weight{};
     for (const RowTerm<T>* term = terms; term < end; ++term) {
       const Vec across = load(term->mask + i, lanes), limit = broadcast(term->down);
       const Vec mask = across < limit ? across : limit;
-      sum += mask * load(term->values + i, lanes);
       weight += mask;
+      for (int f = 0; f < F; ++f) sum[f] += mask * load(term->values + f * term->frame + i, lanes);
     }
-    store(out + i, finished(sum / weight, a, out), lanes);
+    const Vec inverse = 1.0f / weight;
+    for (int f = 0; f < F; ++f) {
+      store(out + f * a.out.frame + i, finished(quotient(sum[f], weight, inverse), a, out), lanes);
+    }
   });
 }
 
@@ -165,12 +181,18 @@ void finish_band(const FinishTiles& a, RowSpan span, float* scratch) {
   Out* const room = reinterpret_cast<Out*>(picture_row(scratch, a.out, 0));
   auto* const terms = reinterpret_cast<RowTerm<T>*>(picture_row(scratch, a.out, kPictureRows));
   const bool direct = a.out.pixel == a.out.channels;
-  for (int64_t t = span.first; t < span.last; ++t) {
-    for (int64_t y = first->top; y < first->bottom; ++y) {
+  for (int64_t y = first->top; y < first->bottom; ++y) {
+    int64_t t = span.first;
+    for (; direct && t + kBandFrames <= span.last; t += kBandFrames) {
+      for (const Segment* segment = first; segment < last; ++segment) {
+        finish_segment<kBandFrames>(a, *segment, t, y, terms, at<Out>(a.out, t, y) + segment->first);
+      }
+    }
+    for (; t < span.last; ++t) {
       Out* const row = at<Out>(a.out, t, y);
       Out* const out = direct ? row : room;
       for (const Segment* segment = first; segment < last; ++segment) {
-        finish_segment(a, *segment, t, y, terms, out + segment->first);
+        finish_segment<1>(a, *segment, t, y, terms, out + segment->first);
       }
       if (!direct) unpack(out, a.out, row);
     }
