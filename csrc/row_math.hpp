@@ -31,12 +31,18 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int W = 16;
 #define PUSA_SWAPPED 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
+#define PUSA_EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define PUSA_ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #elif defined(__AVX2__)
 constexpr int W = 8;
 #define PUSA_SWAPPED 1, 0, 3, 2, 5, 4, 7, 6
+#define PUSA_EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#define PUSA_ODDS 1, 3, 5, 7, 9, 11, 13, 15
 #else
 constexpr int W = 4;
 #define PUSA_SWAPPED 1, 0, 3, 2
+#define PUSA_EVENS 0, 2, 4, 6
+#define PUSA_ODDS 1, 3, 5, 7
 #endif
 
 using bf16 = uint16_t;
@@ -156,8 +162,10 @@ PUSA_INLINE Vec load(const float* p, First some) { return (Vec)_mm512_maskz_load
 PUSA_INLINE void store(float* p, Vec v, First some) { _mm512_mask_storeu_ps(p, mask_of(some), (__m512)v); }
 
 PUSA_INLINE Vec load(const bf16* p, First some) {
-  const __m512i halves = _mm512_maskz_loadu_epi16(mask_of(some), p);
-  return (Vec)((Bits)_mm512_maskz_cvtepu16_epi32(0xffff, _mm512_castsi512_si256(halves)) << 16);
+  const __m512i row = _mm512_maskz_loadu_epi16(mask_of(some), p);
+  __m256i halves;  // GCC warns in its own header of the cast to it
+  __builtin_memcpy(&halves, &row, sizeof halves);
+  return (Vec)((Bits)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
 }
 
 PUSA_INLINE void store(bf16* p, Vec v, First some) {
@@ -257,7 +265,7 @@ PUSA_INLINE Vec exp2_bounded(Vec t) {
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: the addition rounds t to an integer in the low bits
   const Vec shifted = t + magic;
   const Vec p = exp2_fraction(t - (shifted - magic));
-  return (Vec)((Bits)p + (((Bits)shifted - (Bits)magic) << 23));
+  return (Vec)((Bits)p + ((Bits)shifted << 23));  // of magic's own bits the shift leaves none
 }
 
 template <class T>

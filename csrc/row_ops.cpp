@@ -233,7 +233,7 @@ void run(const LinearRows& args, int threads) {
 
 void run(const VaeAct& args, int threads) {
   const std::int64_t pixels = args.size[0] * args.size[1] * args.size[2] * args.size[3];
-  run_spans(args, kernels().vae_act, pixels, step_of(args.channels), kScratchRows * (args.channels + 64), threads);
+  run_spans(args, kernels().vae_act, pixels, step_of(args.channels), kPixelRows * (args.channels + 64), threads);
 }
 
 const char* isa() { return kNames[current_isa()]; }

@@ -197,6 +197,7 @@ struct Span {
 };
 
 constexpr int kScratchRows = 5;
+constexpr int kPixelRows = 18;  // of vae_act: 16 pixels, two tables
 
 #define PUSA_ROW_KERNELS(DO)                         \
   DO(residual_norm_forward, ResidualNormForward)     \

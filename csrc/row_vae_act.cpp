@@ -32,26 +32,46 @@ PUSA_INLINE Two load(const bf16* p, Both) {
   return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)};
 }
 
-// To nearest even. Other than `rounded` it may make a number of a NaN whose lower half is not zero. None comes here: those
-// of bf16 and of arithmetic have zeros there, and the tables are cleared of others.
-PUSA_INLINE void store(bf16* p, Two v, Both) {
-  const Bits even = ((Bits)v.a + (0x7fffu + (((Bits)v.a >> 16) & 1u))) >> 16;
-  const Bits odd = (Bits)v.b + (0x7fffu + (((Bits)v.b >> 16) & 1u));
+// Two vectors of float32 whose upper halves are bf16, to one.
+PUSA_INLINE void pack(bf16* p, Bits even, Bits odd) {
 #if defined(__AVX512F__)
-  const __m512i pairs = _mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)even, (__m512i)odd);
+  const __m512i pairs = _mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(even >> 16), (__m512i)odd);
 #elif defined(__AVX2__)
-  const __m256i pairs = _mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
+  const __m256i pairs = _mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa);
 #else
-  const Bits pairs = (odd & 0xffff0000u) | even;
+  const Bits pairs = (odd & 0xffff0000u) | (even >> 16);
 #endif
   __builtin_memcpy(p, &pairs, sizeof pairs);
 }
+
+// To nearest even. Other than `rounded` it may make a number of a NaN whose lower half is not zero. None comes here: those
+// of bf16 and of arithmetic have zeros there, and the tables are cleared of others.
+PUSA_INLINE void store(bf16* p, Two v, Both) {
+  const auto nearest = [](Bits bits) PUSA_LAMBDA { return bits + (0x7fffu + ((bits >> 16) & 1u)); };
+  pack(p, nearest((Bits)v.a), nearest((Bits)v.b));
+}
+
+// A result that was approximated: to nearest, and where two are equally near to the larger one. In a third of the time.
+template <class V, class Lanes>
+PUSA_INLINE void store_approximate(float* p, V v, Lanes lanes) {
+  store(p, v, lanes);
+}
+template <class Lanes>
+PUSA_INLINE void store_approximate(bf16* p, Vec v, Lanes lanes) {
+  store(p, v, lanes);
+}
+PUSA_INLINE void store_approximate(bf16* p, Two v, Both) { pack(p, (Bits)v.a + 0x8000u, (Bits)v.b + 0x8000u); }
 
 PUSA_INLINE void add_squares(Vec (&chain)[2], Two v) {
   chain[0] += v.a * v.a;
   chain[1] += v.b * v.b;
 }
 PUSA_INLINE void add_squares(Vec (&chain)[2], Vec v) { chain[0] += v * v; }
+
+// In scratch memory rows are padded, and whole vectors are quicker to store and load again than parts of them.
+PUSA_INLINE Both whole(Both) { return {}; }
+PUSA_INLINE All whole(All) { return {}; }
+PUSA_INLINE All whole(First) { return {}; }
 
 // body(i, lanes), `lanes` Both as long as there are as many channels, then All and First.
 template <class Body>
@@ -65,47 +85,50 @@ PUSA_INLINE void each_two(int64_t channels, Body body) {
   if (i < channels) body(i, First{static_cast<int>(channels - i)});
 }
 
-PUSA_INLINE float total(Vec v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
+PUSA_INLINE Vec pair_sums(Vec u, Vec v) {  // (u0 + u1, u2 + u3, .., v0 + v1, ..)
+#if defined(__clang__)
+  return __builtin_shufflevector(u, v, PUSA_EVENS) + __builtin_shufflevector(u, v, PUSA_ODDS);
 #else
-  return sum(v);
+  return __builtin_shuffle(u, v, Ints{PUSA_EVENS}) + __builtin_shuffle(u, v, Ints{PUSA_ODDS});
 #endif
 }
 
-// sigma(v) = 1 / (1 + 2^t), t = -v log2(e), for a result in T. float32: within a few ulp. bf16: within 2^-12.6, a tenth of
-// what rounding adds; 2^t by the minimax polynomial of degree 3 (relative error 2^-13.7), 1 / x to 14 bits.
+// 2^t for t in [-126, 126]. For bf16 by the minimax polynomial of degree 3 (relative error 2^-13.7).
 template <class T>
-PUSA_INLINE Vec sigmoid(Vec v) {
-  constexpr bool kShort = sizeof(T) == 2;
-  Vec t = v * -1.44269504089f;
+PUSA_INLINE Vec power_of_2(Vec t) {
+  if constexpr (sizeof(T) == 4) return exp2_bounded(t);
+  const Vec magic = broadcast(12582912.0f);  // as in exp2_bounded
+  const Vec shifted = t + magic, f = t - (shifted - magic);
+  const Vec p = ((5.51716695414e-2f * f + 2.42611125438e-1f) * f + 6.93260985653e-1f) * f + 9.99928073346e-1f;
+  return (Vec)((Bits)p + ((Bits)shifted << 23));
+}
+
+// 1 / d for d in [1, 2^126]: for bf16 to 14 bits where that is cheap.
+template <class T>
+PUSA_INLINE Vec reciprocal(Vec d) {
 #if defined(__AVX512F__)
-  if constexpr (!kShort) t = (Vec)_mm512_maskz_min_ps(0xffff, (__m512)t, _mm512_set1_ps(126.0f));  // Newton's step has no 1 / inf
-  const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, (__m512)t, _MM_FROUND_TO_NEAREST_INT);
-  const Vec f = t - (Vec)whole;
-  Vec p;
-  if constexpr (kShort) {
-    p = ((5.51716695414e-2f * f + 2.42611125438e-1f) * f + 6.93260985653e-1f) * f + 9.99928073346e-1f;
-  } else {
-    p = exp2_fraction(f);
-  }
-  const Vec d = 1.0f + (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, whole);
   const Vec q = (Vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)d);
-  if constexpr (kShort) return q;
-  return q + q * (1.0f - d * q);
+  return sizeof(T) == 2 ? q : q + q * (1.0f - d * q);  // Newton's step makes it 28
 #else
-  const Vec low = broadcast(-126.0f), high = broadcast(126.0f);
-  return 1.0f / (1.0f + exp2_bounded(t < low ? low : (t > high ? high : t)));
+  return 1.0f / d;
 #endif
 }
 
-template <class T>
+constexpr float kBound = 126.0f;  // of the exponent: beyond it 1 + 2^t is 1, or v / 2^t less than 1e-36
+
+// v / (1 + 2^t), t = -v log2(e). bf16: within 2^-12.6, a tenth of what rounding adds. What a NaN makes of 2^t does not matter.
+template <class T, bool kBounded>
 PUSA_INLINE Vec silu(Vec v) {
-  return v * sigmoid<T>(v);
+  Vec t = v * -1.44269504089f;
+  if constexpr (!kBounded) {
+    const Vec low = broadcast(-kBound), high = broadcast(kBound);
+    t = t < low ? low : (t > high ? high : t);
+  }
+  return v * reciprocal<T>(1.0f + power_of_2<T>(t));
 }
-template <class T>
+template <class T, bool kBounded>
 PUSA_INLINE Two silu(Two v) {
-  return {v.a * sigmoid<T>(v.a), v.b * sigmoid<T>(v.b)};
+  return {silu<T, kBounded>(v.a), silu<T, kBounded>(v.b)};
 }
 
 template <class T>
@@ -131,6 +154,7 @@ float* row_in_order(const Table& table, int64_t channels, float factor, float ne
     const int64_t k = i % (2 * W);
     room[i < paired ? i - k + k / 2 + k % 2 * W : i] = value(i);
   }
+  for (int64_t i = channels; i < channels + W; ++i) room[i] = 0.0f;  // read with the last ones
   return room;
 }
 
@@ -171,59 +195,114 @@ struct Source {
   }
 };
 
-template <class T, bool kSilu, class Lanes>
-PUSA_INLINE void finish(const float* s, const float* gamma, T* out, int64_t i, Vec factor, Lanes lanes) {
-  const auto n = load(s + i, lanes) * factor * load(gamma + i, lanes);
-  ahead(out + i, 1);
-  if constexpr (kSilu) {
-    store(out + i, silu<T>(n), lanes);
-  } else {
-    store(out + i, n, lanes);
+// What follows the norm. |s / ||s||| <= 1, so that the largest gamma bounds the argument of SiLU.
+enum class Last { identity, silu, bounded_silu };
+
+Last last_step(const VaeAct& a, const float* gamma) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < a.channels; ++i) {
+    const float size = fabsf(gamma[i]);
+    if (!(size <= largest)) largest = size;  // NaN stays
+  }
+  if (!a.silu) return Last::identity;
+  return largest < kBound / 1.4427f * 0.999f ? Last::bounded_silu : Last::silu;
+}
+
+template <class T, Last kLast>
+PUSA_INLINE void finish(const float* s, const float* gamma, T* out, int64_t channels, Vec factor) {
+  each_two(channels, [&](int64_t i, auto lanes) PUSA_LAMBDA {
+    const auto n = load(s + i, whole(lanes)) * factor * load(gamma + i, whole(lanes));
+    ahead(out + i, 1);
+    if constexpr (kLast == Last::identity) {
+      store_approximate(out + i, n, lanes);
+    } else {
+      store_approximate(out + i, silu<T, kLast == Last::bounded_silu>(n), lanes);
+    }
+  });
+}
+
+template <int kCount>
+PUSA_INLINE void pair_up(Vec (&sums)[W]) {
+  for (int k = 0; k < kCount; k += 2) sums[k / 2] = pair_sums(sums[k], sums[k + 1]);
+}
+
+// 1 / max(norm, 1e-12) of up to W pixels, of whose squares each vector holds partial sums: its lanes are added in pairs, two
+// vectors to one, until one is left with a lane for each pixel. A pixel's result does not depend on its place.
+PUSA_INLINE void factors(Vec (&squares)[W], float* factor) {
+  if constexpr (W >= 16) pair_up<16>(squares);
+  if constexpr (W >= 8) pair_up<8>(squares);
+  pair_up<4>(squares);
+  pair_up<2>(squares);
+  store(factor, squares[0], All{});
+  for (int k = 0; k < W; ++k) {
+    const float norm = sqrtf(factor[k]);
+    factor[k] = 1.0f / (norm < 1e-12f ? 1e-12f : norm);  // NaN stays
   }
 }
 
-// A pixel's sum is kept in float32 in `scratch`, the nearest cache, between the norm and the activation.
+// Pixels that wait between the two passes over them, so that their norms are taken together: as many as the nearest cache
+// holds along with what they are made of.
+PUSA_INLINE int64_t group_size(int64_t channels) {
+  const int64_t fit = 4096 / (channels > 0 ? channels : 1);
+  return fit < 1 ? 1 : (fit < W ? fit : W);
+}
+
+// s = y + bias + x, written to r and, in float32, to `sum`. Returns partial sums of its squares.
+template <class T, bool kX, bool kR, bool kOut>
+PUSA_INLINE Vec add_up(int64_t channels, const T* y, const float* bias, const T* x, T* r, float* sum) {
+  Vec squares[2] = {};
+  each_two(channels, [&](int64_t i, auto lanes) PUSA_LAMBDA {
+    ahead(y + i, 0);
+    auto s = load(y + i, lanes) + load(bias + i, whole(lanes));
+    if constexpr (kX) {
+      ahead(x + i, 0);
+      s = s + load(x + i, lanes);
+    }
+    if constexpr (kR) {
+      ahead(r + i, 1);
+      store(r + i, s, lanes);
+    }
+    if constexpr (kOut) {
+      store(sum + i, s, whole(lanes));
+      add_squares(squares, s);
+    }
+  });
+  return squares[0] + squares[1];
+}
+
 template <class T, bool kX, bool kR, bool kOut>
 void act(const VaeAct& a, Span span, float* scratch) {
-  const int64_t C = a.channels;
-  const float* bias = row_in_order<T>(a.bias, C, 1.0f, -0.0f, scratch_row(scratch, C, 1));  // s + -0.0 is s, -0.0 too
-  const float* gamma = row_in_order<T>(a.gamma, C, sqrtf(static_cast<float>(C)), 0.0f, scratch_row(scratch, C, 2));
+  const int64_t C = a.channels, group = group_size(C);
+  const float* bias = row_in_order<T>(a.bias, C, 1.0f, -0.0f, scratch_row(scratch, C, W));  // s + -0.0 is s, -0.0 too
+  const float* gamma = row_in_order<T>(a.gamma, C, sqrtf(static_cast<float>(C)), 0.0f, scratch_row(scratch, C, W + 1));
+  const Last last = last_step(a, gamma);
   each_run(a, span, [&](const Run& run) PUSA_LAMBDA {
     const Source<T> source(a, run);
     const T* x = kX ? start<T>(a.x, run) : nullptr;
     T* r = kR ? start<T>(a.r, run) : nullptr;
     T* out = kOut ? start<T>(a.out, run) : nullptr;
-    for (int64_t w = run.w; w < run.w + run.count; ++w) {
-      const T* y = source.at(w);
-      Vec squares[2] = {};
-      each_two(C, [&](int64_t i, auto lanes) PUSA_LAMBDA {
-        ahead(y + i, 0);
-        auto s = load(y + i, lanes) + load(bias + i, lanes);
-        if constexpr (kX) {
-          ahead(x + i, 0);
-          s = s + load(x + i, lanes);
-        }
-        if constexpr (kR) {
-          ahead(r + i, 1);
-          store(r + i, s, lanes);
-        }
-        if constexpr (kOut) {
-          store(scratch + i, s, lanes);
-          add_squares(squares, s);
-        }
-      });
-      if constexpr (kOut) {
-        const float norm = sqrtf(total(squares[0] + squares[1]));
-        const Vec factor = broadcast(1.0f / (norm < 1e-12f ? 1e-12f : norm));
-        if (a.silu) {
-          each_two(C, [&](int64_t i, auto lanes) PUSA_LAMBDA { finish<T, true>(scratch, gamma, out, i, factor, lanes); });
-        } else {
-          each_two(C, [&](int64_t i, auto lanes) PUSA_LAMBDA { finish<T, false>(scratch, gamma, out, i, factor, lanes); });
-        }
-        out += a.out.stride[3];
+    for (int64_t first = 0; first < run.count; first += group) {
+      const int64_t count = group < run.count - first ? group : run.count - first;
+      Vec squares[W] = {};
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t w = first + k;
+        squares[k] = add_up<T, kX, kR, kOut>(C, source.at(run.w + w), bias, kX ? x + w * a.x.stride[3] : nullptr,
+                                             kR ? r + w * a.r.stride[3] : nullptr, scratch_row(scratch, C, static_cast<int>(k)));
       }
-      if constexpr (kX) x += a.x.stride[3];
-      if constexpr (kR) r += a.r.stride[3];
+      if constexpr (kOut) {
+        float factor[W];
+        factors(squares, factor);
+        for (int64_t k = 0; k < count; ++k) {
+          const float* sum = scratch_row(scratch, C, static_cast<int>(k));
+          T* pixel = out + (first + k) * a.out.stride[3];
+          const Vec scale = broadcast(factor[k]);
+          switch (last) {
+            case Last::identity: finish<T, Last::identity>(sum, gamma, pixel, C, scale); break;
+            case Last::silu: finish<T, Last::silu>(sum, gamma, pixel, C, scale); break;
+            case Last::bounded_silu: finish<T, Last::bounded_silu>(sum, gamma, pixel, C, scale); break;
+          }
+        }
+      }
     }
   });
 }
