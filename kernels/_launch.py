@@ -35,10 +35,13 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def row_launch(rows: int, width: int, per_thread: int = _PER_THREAD) -> RowLaunch:
+def row_launch(
+    rows: int, width: int, per_thread: int = _PER_THREAD, shared_per_thread: int = _PER_THREAD, tile: int = _MIN_TILE
+) -> RowLaunch:
     """A launch that covers `rows` rows of `width` elements, each row within one program. Raises ValueError: too wide.
 
-    A thread has at most `per_thread` elements of a row that is alone in its program, unless that takes over 16 warps.
+    A thread has at most `per_thread` elements of a row that is alone in its program, unless that takes over 16 warps. Narrow
+    rows fill a program's `tile` of elements, `shared_per_thread` of them to a thread.
     """
     if width > MAX_WIDTH:
         raise ValueError(
@@ -46,10 +49,10 @@ def row_launch(rows: int, width: int, per_thread: int = _PER_THREAD) -> RowLaunc
         )
     block = max(16, power_of_2(width))
     # The interpreter pays per program, not per element.
-    tile = _INTERPRETER_TILE if interpreted() else _MIN_TILE
+    tile = _INTERPRETER_TILE if interpreted() else tile
     per_program = max(1, min(tile // block, power_of_2(max(rows, 1))))
     if per_program == 1:
         warps = power_of_2(-(-width // (32 * per_thread)))  # ptxas drops what threads would do beyond the width
     else:
-        warps = per_program * block // (32 * _PER_THREAD)
+        warps = per_program * block // (32 * shared_per_thread)
     return RowLaunch(per_program, block, max(1, min(warps, 16)), -(-rows // per_program))

@@ -11,6 +11,7 @@ from pusa_fast.kernels.residual_norm import (
     residual_norm_fp8_forward,
 )
 from pusa_fast.kernels.step import guided_euler_step
+from pusa_fast.kernels.vae_act import vae_act_
 
 __all__ = [
     "gated_residual_backward",
@@ -25,4 +26,5 @@ __all__ = [
     "residual_norm_fp8_forward",
     "rms_norm_backward",
     "rms_norm_forward",
+    "vae_act_",
 ]

@@ -1,0 +1,136 @@
+"""The VAE's step between two convolutions: bias, residual, RMS norm over channels and SiLU in one pass. Inference only.
+
+    r   = y + bias + x
+    out = act(r / max(||r||, 1e-12) * sqrt(C) * gamma)        act: SiLU or identity
+
+x, r, out [B, T, H, W, C], views with a last stride of 1: parts of the windows that convolutions read. y is too, or the
+result of a convolution at half the resolution, [B, T, H/2+1, W/2+1, 4*C], whose channels (2a+e)*C .. at (i+a, j+e) are
+pixel (2i+a, 2j+e) of r. gamma, bias [C]. bias, x, and one of r and out may be absent; r may be the memory of x or y. The
+norm reads r before it is rounded.
+
+A program takes BR pixels. Its axes are joined wherever strides allow it, so that most often W is all of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pusa_fast.kernels._launch import row_launch
+from pusa_fast.kernels._tokens import load_row, triton_accumulator
+
+# Elements of a program in one thread: with 32 it has four loads of 16 bytes of bf16 under way for each tensor, and still
+# room in its registers for y, x and their sum.
+_PER_THREAD = 32
+_TILE = 4096
+
+
+class Pixels(NamedTuple):
+    """A tensor [B, T, H, W, C] with unit last stride. FLAT launches use stride_w alone."""
+
+    data: Tensor
+    stride_b: int
+    stride_t: int
+    stride_h: int
+    stride_w: int
+
+
+@triton.jit
+def _load(x, o_x, mask, acc: tl.constexpr):
+    return tl.load(x.data + o_x, mask, 0.0, eviction_policy="evict_first").to(acc)
+
+
+@triton.jit
+def _offsets(x, i_b, i_t, i_h, i_w, FLAT: tl.constexpr):
+    o_x = i_w * x.stride_w
+    if not FLAT:
+        o_x += i_b * x.stride_b + i_t * x.stride_t + i_h * x.stride_h
+    return o_x
+
+
+@triton.jit(do_not_specialize=["P", "T", "H", "W"])
+def vae_act_kernel(
+    y, x, bias, gamma, r, out, P, T, H, W,
+    C: tl.constexpr, SILU: tl.constexpr, UPSAMPLED: tl.constexpr, FLAT: tl.constexpr, acc: tl.constexpr,
+    BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """P = B * T * H * W pixels; FLAT: B, T and H are 1."""
+    i_p = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    o_c = tl.max_contiguous(tl.arange(0, BD)[None, :], [1, 8])  # 16 bytes of bf16 to a thread
+    mask = (i_p < P) & (o_c < C)
+    if FLAT:
+        i_b, i_t, i_h, i_w = 0, 0, 0, i_p
+    else:
+        i_w, i_h, i_t, i_b = i_p % W, i_p // W % H, i_p // W // H % T, i_p // W // H // T
+    if UPSAMPLED:
+        lower, right = i_h & 1, i_w & 1
+        o_y = _offsets(y, i_b, i_t, (i_h >> 1) + lower, (i_w >> 1) + right, False) + (2 * lower + right) * C
+    else:
+        o_y = _offsets(y, i_b, i_t, i_h, i_w, FLAT)
+    b_s = _load(y, o_y + o_c, mask, acc)
+    if bias is not None:
+        b_s += load_row(bias, o_c, mask, acc)
+    if x is not None:
+        b_s += _load(x, _offsets(x, i_b, i_t, i_h, i_w, FLAT) + o_c, mask, acc)
+    if r is not None:
+        tl.store(r.data + _offsets(r, i_b, i_t, i_h, i_w, FLAT) + o_c, b_s.to(r.data.dtype.element_ty), mask)
+    if out is not None:
+        b_norm = tl.sqrt(tl.sum(b_s * b_s, 1, keep_dims=True))
+        b_norm = tl.where(b_norm < 1e-12, 1e-12, b_norm)  # NaN stays
+        ROOT: tl.constexpr = C**0.5
+        b_n = b_s * (ROOT / b_norm) * load_row(gamma, o_c, mask, acc)
+        if SILU:
+            b_n *= tl.sigmoid(b_n)
+        tl.store(out.data + _offsets(out, i_b, i_t, i_h, i_w, FLAT) + o_c, b_n.to(out.data.dtype.element_ty), mask)
+
+
+def _joined(size: list[int], strides: list[list[int]]) -> None:
+    """Joins axes B, T, H, W, from W outwards, along which all of `strides` step evenly. In place; what is left over is 1."""
+    last = 3
+    for axis in (2, 1, 0):
+        outer, inner = size[axis], size[last]
+        even = all(outer == 1 or inner == 1 or s[axis] == inner * s[last] for s in strides)
+        last -= not even
+        for s in strides:
+            if not even or (inner == 1 and outer != 1):
+                s[last] = s[axis]
+        size[last] = outer * inner if even else outer
+    for axis in range(last):
+        size[axis] = 1
+        for s in strides:
+            s[axis] = 0
+
+
+def vae_act_(
+    y: Tensor,
+    gamma: Tensor | None,
+    x: Tensor | None,
+    bias: Tensor | None,
+    r: Tensor | None,
+    out: Tensor | None,
+    silu: bool,
+    upsampled: bool,
+) -> None:
+    """Fills r and out, where they are given. Raises ValueError: too many channels."""
+    like = r if out is None else out
+    assert like is not None
+    if not like.numel():
+        return
+    given = [t for t in (y, x, r, out) if t is not None]
+    size, strides = list(like.shape[:4]), [list(t.stride()[:4]) for t in given]
+    if not upsampled:
+        _joined(size, strides)
+    views = iter([Pixels(t, *s) for t, s in zip(given, strides, strict=True)])
+    p_y, p_x, p_r, p_out = (None if t is None else next(views) for t in (y, x, r, out))
+    channels, pixels = like.shape[4], size[0] * size[1] * size[2] * size[3]
+    launch = row_launch(pixels, channels, _PER_THREAD, _PER_THREAD, _TILE)
+    rows = (None if t is None else t.reshape(channels).contiguous() for t in (bias, gamma))
+    vae_act_kernel[(launch.programs,)](
+        p_y, p_x, *rows, p_r, p_out, pixels, *size[1:],
+        C=channels, SILU=silu, UPSAMPLED=upsampled, FLAT=not upsampled and size[:3] == [1, 1, 1],
+        acc=triton_accumulator(y), BR=launch.rows, BD=launch.block, num_warps=launch.warps,
+    )  # fmt: skip
