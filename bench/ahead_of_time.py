@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from pusa_fast.kernels import fp8, norm, qk_rope, residual_norm, step
+from pusa_fast.kernels import fp8, norm, qk_rope, residual_norm, step, vae_act
 
 ARCHS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
@@ -83,12 +83,43 @@ MODELS = {
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Pixels between two convolutions of the VAE: `dim` channels, views of windows that hold two frames more."""
+
+    dim: int
+    dtype: torch.dtype
+    clip: tuple[int, int, int] = (4, 240, 416)
+
+    def pixels(self, past: int = 0) -> Tensor:
+        frames, height, width = self.clip
+        return torch.empty(1, past + frames, height, width, self.dim, dtype=self.dtype, device="meta")[:, past:]
+
+    def phases(self) -> Tensor:
+        frames, height, width = self.clip
+        return torch.empty(1, frames, height // 2 + 1, width // 2 + 1, 4 * self.dim, dtype=self.dtype, device="meta")
+
+    def row(self) -> Tensor:
+        return torch.empty(self.dim, dtype=self.dtype, device="meta")
+
+
+STAGES = {
+    f"VAE {channels} {str(dtype).removeprefix('torch.')}": Stage(channels, dtype)
+    for dtype, widths in (
+        (torch.bfloat16, (96, 192, 384, 8, 16, 32, 64)),
+        (torch.float32, (96, 192, 384, 8, 16, 32, 64)),
+        (torch.float16, (96, 384)),
+    )
+    for channels in widths
+}
+
+
+@dataclass(frozen=True)
 class Case:
     """A call of one launcher. `forward`: it moves whole rows in and out, and should do so 16 bytes at a time."""
 
     op: str
     variant: str
-    call: Callable[[Model], Any]
+    call: Callable[[Any], Any]  # of a Model, or a Stage
     forward: bool = True
     fp8: bool = False
 
@@ -183,6 +214,42 @@ def cases() -> Iterator[Case]:
     yield Case("gelu_quantize_rows", "", lambda m: fp8.gelu_quantize_rows(m.empty(1, m.tokens, m.ffn)), fp8=True)
 
 
+# What the VAE asks for, by what stands between its convolutions: which of x, bias, r and out there are.
+_VAE_FORMS = {
+    "out": "",
+    "bias: out": "bias",
+    "bias, x: r, out": "bias x r",
+    "r": "r only",
+    "bias, x: r": "bias x r only",
+    "bias: r, out of an upsampling": "bias r upsampled",
+    "bias, x: r, out; no SiLU": "bias x r identity",
+}
+
+
+def _vae_act(stage: Stage, form: str) -> Any:
+    words = _VAE_FORMS[form].split()
+
+    def wanted(name: str, make: Callable[[], Tensor]) -> Tensor | None:
+        return make() if name in words else None
+
+    vae_act.vae_act_(
+        stage.phases() if "upsampled" in words else stage.pixels(),
+        *(None if "only" in words else stage.row(), wanted("x", stage.pixels), wanted("bias", stage.row)),
+        *(wanted("r", stage.pixels), None if "only" in words else stage.pixels(past=2)),
+        *("identity" not in words, "upsampled" in words),
+    )
+
+
+def stage_cases() -> Iterator[Case]:
+    """The VAE's one kernel in the forms that it is asked for."""
+    for form in _VAE_FORMS:
+        yield Case("vae_act", form, functools.partial(_vae_act, form=form))
+
+
+def cases_of(model: Model | Stage) -> Iterator[Case]:
+    return stage_cases() if isinstance(model, Stage) else cases()
+
+
 class _NoGPU:
     """Stands in for Triton's driver: says which GPU to compile for, and runs nothing."""
 
@@ -264,15 +331,15 @@ def resources(compiled: Any) -> Resources:
 
 
 def measure(
-    archs: Iterable[int] = ARCHS, models: Iterable[str] = tuple(MODELS), ops: Iterable[str] = ()
+    archs: Iterable[int] = ARCHS, models: Iterable[str] = (*MODELS, *STAGES), ops: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
     """One record per kernel that a case launches: what it is, its warps, its `Resources`. No ops: all of them."""
     wanted, found = set(ops), []
     for arch, name in itertools.product(archs, models):
-        for case in cases():
+        model = STAGES[name] if name in STAGES else MODELS[name]
+        for case in cases_of(model):
             if (wanted and case.op not in wanted) or (case.fp8 and arch < 89):
                 continue
-            model = MODELS[name]
             with compiling(arch) as launches:
                 case.call(model)
             if not launches:
@@ -339,10 +406,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel without a GPU and show what it takes.")
     parser.add_argument("--json", type=Path, help="write the records to this file")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="default: all")
-    parser.add_argument("--model", action="append", choices=tuple(MODELS), help="default: all")
+    parser.add_argument("--model", action="append", choices=(*MODELS, *STAGES), help="default: all")
     parser.add_argument("--op", action="append", default=[], help="default: all")
     options = parser.parse_args()
-    records = measure(options.arch or ARCHS, options.model or tuple(MODELS), options.op)
+    records = measure(options.arch or ARCHS, options.model or (*MODELS, *STAGES), options.op)
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     print(table(records))

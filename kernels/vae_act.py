@@ -20,13 +20,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pusa_fast.kernels._launch import row_launch
+from pusa_fast.kernels._launch import power_of_2, row_launch
 from pusa_fast.kernels._tokens import load_row, triton_accumulator
 
 # Elements of a program in one thread: with 32 it has four loads of 16 bytes of bf16 under way for each tensor, and still
-# room in its registers for y, x and their sum.
+# room in its registers for y, x and their sum. Every pixel of a program costs offsets of its own: narrow ones fill less.
 _PER_THREAD = 32
 _TILE = 4096
+_PIXELS = 32
+_MAX_PIXELS = 2**31 - _TILE  # the last program counts beyond them
 
 
 class Pixels(NamedTuple):
@@ -46,9 +48,10 @@ def _load(x, o_x, mask, acc: tl.constexpr):
 
 @triton.jit
 def _offsets(x, i_b, i_t, i_h, i_w, FLAT: tl.constexpr):
-    o_x = i_w * x.stride_w
+    """In int64: a clip has more elements than 2^31."""
+    o_x = i_w.to(tl.int64) * x.stride_w
     if not FLAT:
-        o_x += i_b * x.stride_b + i_t * x.stride_t + i_h * x.stride_h
+        o_x += i_b.to(tl.int64) * x.stride_b + i_t.to(tl.int64) * x.stride_t + i_h.to(tl.int64) * x.stride_h
     return o_x
 
 
@@ -58,12 +61,12 @@ def vae_act_kernel(
     C: tl.constexpr, SILU: tl.constexpr, UPSAMPLED: tl.constexpr, FLAT: tl.constexpr, acc: tl.constexpr,
     BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """P = B * T * H * W pixels; FLAT: B, T and H are 1."""
-    i_p = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    """P = B * T * H * W pixels, fewer than 2^31; FLAT: B, T and H are 1."""
+    i_p = tl.program_id(0) * BR + tl.arange(0, BR)[:, None]
     o_c = tl.max_contiguous(tl.arange(0, BD)[None, :], [1, 8])  # 16 bytes of bf16 to a thread
     mask = (i_p < P) & (o_c < C)
     if FLAT:
-        i_b, i_t, i_h, i_w = 0, 0, 0, i_p
+        i_b, i_t, i_h, i_w = i_p, i_p, i_p, i_p
     else:
         i_w, i_h, i_t, i_b = i_p % W, i_p // W % H, i_p // W // H % T, i_p // W // H // T
     if UPSAMPLED:
@@ -115,7 +118,7 @@ def vae_act_(
     silu: bool,
     upsampled: bool,
 ) -> None:
-    """Fills r and out, where they are given. Raises ValueError: too many channels."""
+    """Fills r and out, where they are given. Raises ValueError: too many channels or pixels."""
     like = r if out is None else out
     assert like is not None
     if not like.numel():
@@ -127,7 +130,10 @@ def vae_act_(
     views = iter([Pixels(t, *s) for t, s in zip(given, strides, strict=True)])
     p_y, p_x, p_r, p_out = (None if t is None else next(views) for t in (y, x, r, out))
     channels, pixels = like.shape[4], size[0] * size[1] * size[2] * size[3]
-    launch = row_launch(pixels, channels, _PER_THREAD, _PER_THREAD, _TILE)
+    if pixels >= _MAX_PIXELS:
+        raise ValueError(f"vae_act_ takes fewer than {_MAX_PIXELS} pixels, got {pixels}: split the clip")
+    tile = min(_TILE, _PIXELS * power_of_2(channels))
+    launch = row_launch(pixels, channels, _PER_THREAD, _PER_THREAD, tile)
     rows = (None if t is None else t.reshape(channels).contiguous() for t in (bias, gamma))
     vae_act_kernel[(launch.programs,)](
         p_y, p_x, *rows, p_r, p_out, pixels, *size[1:],
