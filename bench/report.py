@@ -220,22 +220,24 @@ def _kernels(results: Results, _: list[Row]) -> str:
 
 
 def _registers(_: Results, registers: list[Row]) -> str:
-    """Kernel by architecture, from the ahead-of-time compilation: the 14B model's sizes, the others in one line."""
+    """Kernel by architecture, from the ahead-of-time compilation: the sizes of the 14B and of the VAE's widest pictures, the others in one line."""
     if not registers:
         return f"Not compiled yet: `python -m bench.ahead_of_time --json bench/results/{AHEAD_OF_TIME}`."
     arches = sorted({int(row["arch"]) for row in registers})
-    cells: dict[tuple[str, ...], dict[int, str]] = {}
-    for row in registers:
-        if row["model"] == _MAIN_MODEL:
-            key = (f"`{row['kernel']}`", ": ".join(filter(None, (row["op"], row["variant"]))), str(row["warps"]))
-            cells.setdefault(key, {})[int(row["arch"])] = f"{row['registers']} / {row['spills']} / {row['shared']}"
-    rows = [[*key, *(found.get(arch, "") for arch in arches)] for key, found in cells.items()]
-    text = "Registers a thread / spills / bytes of shared memory, compiled without a GPU.\n\n"
-    text += markdown((f"kernel, {_MAIN_MODEL}", "op", "warps", *(f"sm_{arch}" for arch in arches)), rows)
-    others = [row for row in registers if row["model"] != _MAIN_MODEL]
+    text = "Registers a thread / spills / bytes of shared memory, compiled without a GPU."
+    for model in _SHOWN_MODELS:
+        cells: dict[tuple[str, ...], dict[int, str]] = {}
+        for row in registers:
+            if row["model"] == model:
+                key = (f"`{row['kernel']}`", ": ".join(filter(None, (row["op"], row["variant"]))), str(row["warps"]))
+                cells.setdefault(key, {})[int(row["arch"])] = f"{row['registers']} / {row['spills']} / {row['shared']}"
+        rows = [[*key, *(found.get(arch, "") for arch in arches)] for key, found in cells.items()]
+        if rows:
+            text += "\n\n" + markdown((f"kernel, {model}", "op", "warps", *(f"sm_{arch}" for arch in arches)), rows)
+    others = [row for row in registers if row["model"] not in _SHOWN_MODELS]
     if others:
         most = [max(row[what] for row in others) for what in ("registers", "spills", "shared")]
-        names = ", ".join(dict.fromkeys(row["model"] for row in others))
+        names = ", ".join(dict.fromkeys(row["model"].split()[0] for row in others))
         text += f"\n\nOther sizes ({names}): at most {most[0]} registers, {most[1]} spills, {most[2]} bytes of shared memory."
     return text
 
@@ -264,7 +266,7 @@ def _numerics_table(result: Row) -> str:
     return f"{markdown(columns, blocks)}\n\n{markdown(heads, clips)}\n\n{what}"
 
 
-_MAIN_MODEL = "14B"
+_SHOWN_MODELS = ("14B", "VAE 96 bfloat16")
 TABLES: Mapping[str, Callable[[Results, list[Row]], str]] = {
     "ops": _ops,
     "attention": _attention,

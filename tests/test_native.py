@@ -191,7 +191,36 @@ def linear_rows(dtype: torch.dtype, tokens: int, width: int) -> tuple[Tensors, C
     return found, torch_result
 
 
-OPS = [residual_norm, affine_norm, gated_residual, rms_norm, qk_rope, guided_euler_step, gelu_, linear_rows]
+def vae_act(dtype: torch.dtype, tokens: int, width: int) -> tuple[Tensors, Callable[[torch.dtype], Tensors]]:
+    """Two rows of `tokens` pixels behind an upsampling, of twice as many else. gamma takes SiLU to where its bounds count."""
+    x, plain = (make_input(1, 1, 2, 2 * tokens, width, seed=s, dtype=dtype) for s in range(2))
+    phases = make_input(1, 1, 2, tokens + 1, 4 * width, seed=2, dtype=dtype)
+    gamma, bias = make_input(width, seed=3, dtype=dtype), make_input(width, seed=4)
+    forms = {
+        "plain": (plain, gamma, x, bias, True, False),
+        "alone": (plain, gamma, None, None, True, False),
+        "unbounded": (plain, gamma * 200, x, bias, True, False),
+        "identity": (plain, gamma, None, bias, False, False),
+        "upsampled": (phases, gamma, x, bias, True, True),
+    }
+    found = {}
+    for name, (y, g, residual, b, silu, upsampled) in forms.items():
+        r, out = torch.full_like(x, math.nan), torch.full_like(x, math.nan)
+        native.vae_act_(y, g, residual, b, r, out, silu, upsampled)
+        found |= {f"{name}: r": r, f"{name}: out": out}
+
+    def torch_result(precision: torch.dtype) -> Tensors:
+        results = {}
+        for name, (y, g, residual, b, silu, upsampled) in forms.items():
+            y, g, residual, b = (None if t is None else t.to(precision) for t in (y, g, residual, b))
+            r, out = reference.vae_act(y, g, residual, b, silu, upsampled)
+            results |= {f"{name}: r": r, f"{name}: out": out}
+        return results
+
+    return found, torch_result
+
+
+OPS = [residual_norm, affine_norm, gated_residual, rms_norm, qk_rope, guided_euler_step, gelu_, linear_rows, vae_act]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -318,6 +347,7 @@ def test_supports() -> None:
 SHAPES = {
     **{"rows": (2, 6, 8), "row": (8,), "table": (2, 3, 8), "stats": (2, 6), "heads": (2, 6, 2, 4)},
     **{"angles": (3, 2), "latent": (1, 2, 3, 4, 4), "frames": (3,), "matrix": (8, 6), "products": (2, 8)},
+    **{"pixels": (2, 3, 4, 6, 8), "flat": (8,)},
 }
 SIGNATURES = {
     "residual_norm_forward": "rows rows table row table row table row - - rows rows stats stats 1e-6 2",
@@ -331,6 +361,7 @@ SIGNATURES = {
     "guided_euler_step": "latent latent latent frames latent 3.0 2",
     "gelu_": "rows 2",
     "linear_rows": "stats matrix row products 2",
+    "vae_act": "pixels flat pixels flat pixels pixels True False 2",
 }
 
 
@@ -375,7 +406,9 @@ def test_good_arguments_are_good(name: str) -> None:
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_wrong_tensors_are_value_errors(name: str) -> None:
     for place in tensor_places(name):
-        for change in (WRONG if name == "gelu_" else WRONG | WRONG_SHAPES).values():
+        for what, change in (WRONG if name == "gelu_" else WRONG | WRONG_SHAPES).items():
+            if what == "a rank more" and SIGNATURES[name].split()[place] == "flat":
+                continue  # any shape of as many elements will do
             arguments = good_arguments(name)
             arguments[place] = change(arguments[place])
             with pytest.raises(ValueError, match=r"must|need|goes? together"):
@@ -413,6 +446,19 @@ def test_other_wrong_arguments() -> None:
     refuses("qk_rope_forward", "heads side by side", _0=torch.zeros(2, 2, 6, 4).transpose(1, 2))
     refuses("qk_rope_forward", "even head width", _0=torch.zeros(2, 6, 2, 3))
     refuses("qk_rope_backward", "go together", _13=None)
+    pixels, many = torch.zeros(2, 3, 4, 6, 8), torch.zeros(2, 3, 3, 4, 32)
+    refuses("vae_act", "r, out or both", _4=None, _5=None)
+    refuses("vae_act", "out needs gamma", _1=None)
+    refuses("vae_act", r"y must have shape \[2, 3, 3, 4, 32\]", _7=True)
+    refuses("vae_act", "even H and W", _5=torch.zeros(2, 3, 5, 6, 8), _7=True)
+    refuses("vae_act", "r must have the dtype", _4=pixels.bfloat16())
+    for output in (4, 5):
+        refuses("vae_act", "must not be expanded", **{f"_{output}": torch.zeros(2, 3, 1, 6, 8).expand(2, 3, 4, 6, 8)})
+    for other in (0, 2, 4):
+        refuses("vae_act", "out cannot be the memory", _5=pixels, **{f"_{other}": pixels})
+    refuses("vae_act", "r can be x only", _2=pixels, _4=pixels.as_strided(pixels.shape, (576, 192, 8, 32, 1)))
+    refuses("vae_act", "r can be y only", _0=pixels, _4=pixels.as_strided(pixels.shape, (576, 192, 8, 32, 1)))
+    refuses("vae_act", "r can be y only", _0=many, _4=many.view(-1)[:1152].view(2, 3, 4, 6, 8), _7=True)
     with pytest.raises(ValueError, match="sse9: this build and processor have base"):
         _native.set_isa("sse9")
 

@@ -5,6 +5,8 @@ Outputs are written in place, so that a producer fills the part of a window that
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,19 @@ from pusa_fast.ops.backend import chosen, launchers
 from pusa_fast.ops.checks import shape
 
 _OP = "vae_act_"
+
+
+def _check_memory(y: Tensor, x: Tensor | None, r: Tensor | None, out: Tensor | None, upsampled: bool) -> None:
+    """No output begins where an input or the other output does, unless r is x or y itself."""
+    for name, t in (("x", x), ("y", y), ("r", r)):
+        if t is None or not t.numel():
+            continue
+        if out is not None and out.data_ptr() == t.data_ptr():
+            raise ValueError(f"{_OP}: out cannot be the memory of {name}")
+        if r is None or r is t or r.data_ptr() != t.data_ptr():
+            continue
+        if (name == "y" and upsampled) or r.stride() != t.stride():
+            raise ValueError(f"{_OP}: r can be {name} only as a whole: same strides, and not upsampled")
 
 
 def _run(
@@ -25,13 +40,14 @@ def _run(
     silu: bool,
     upsampled: bool,
 ) -> None:
+    _check_memory(y, x, r, out, upsampled)
     with launchers(y) as run:
         run.vae_act_(y, gamma, x, bias, r, out, silu, upsampled)
 
 
 # By hand and not by `custom_op`, whose wrappers around an op that mutates take 40 microseconds a call: a small model's pixels
 # take less. There is no derivative to wrap, and no version to count: `vae_act_` refuses to run where autograd records.
-_LIBRARY = torch.library.Library("pusa_fast", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("pusa_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "vae_act_(Tensor y, Tensor? gamma, Tensor? x, Tensor? bias, Tensor(a!)? r, Tensor(b!)? out, bool silu, bool upsampled)"
     " -> ()",
@@ -62,19 +78,6 @@ def _check_row(name: str, t: Tensor, y: Tensor, channels: int) -> None:
 def _check_output(name: str, t: Tensor) -> None:
     if 0 in t.stride() and any(n > 1 and step == 0 for n, step in zip(t.shape, t.stride(), strict=True)):
         raise ValueError(f"{_OP}: {name} cannot be expanded memory, where several elements are one")
-
-
-def _check_memory(y: Tensor, x: Tensor | None, r: Tensor | None, out: Tensor | None, upsampled: bool) -> None:
-    """No output begins where an input or the other output does, unless r is x or y itself."""
-    for name, t in (("x", x), ("y", y), ("r", r)):
-        if t is None or not t.numel():
-            continue
-        if out is not None and out.data_ptr() == t.data_ptr():
-            raise ValueError(f"{_OP}: out cannot be the memory of {name}")
-        if r is None or r is t or r.data_ptr() != t.data_ptr():
-            continue
-        if (name == "y" and upsampled) or r.stride() != t.stride():
-            raise ValueError(f"{_OP}: r can be {name} only as a whole: same strides, and not upsampled")
 
 
 def vae_act_(

@@ -73,6 +73,12 @@ def test_kernels_fit(arch: int, tmp_path: Path) -> None:
     for model in ("14B", "1.3B", "nano"):
         assert {r["op"] for r in records if r["model"] == model} == (OPS if arch < 89 else OPS | FP8_OPS)
     assert not any(r["spills"] for r in records)
+    stages = [r for r in records if r["op"] == "vae_act"]
+    assert {(r["dim"], r["dtype"]) for r in stages} >= {(c, t) for c in (96, 192, 384) for t in ("bfloat16", "float32")}
+    assert {r["dim"] for r in stages} >= {8, 16, 32, 64}
+    for r in stages:
+        if r["dim"] >= 96:
+            assert r["loads_16"] and r["stores_16"] and not r["narrow"], r
     wide = [r for r in records if r["model"] == "14B" and r["forward"]]
     assert {r["dim"] for r in wide} == {5120} and {r["dtype"] for r in wide} == {"bfloat16"}
     for r in wide:
