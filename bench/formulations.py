@@ -3,7 +3,9 @@
 "reference": the Pusa reference implementation (docs/reference.md, 1.3 to 1.6): a modulation row for each token, the block's
 own table added to all of it, RMSNorm in float32 with two roundings, RoPE in complex128. "per-token": diffusers 0.42
 (models/transformers/transformer_wan.py, WanTransformerBlock with a timestep per token, as Wan2.2 5B runs): the same rows per
-token in float32. Both hold q and k as tensors of their own. Each entry prepares what its model prepares once per forward (not
+token in float32. "diffusers": its VAE between two convolutions (models/autoencoders/autoencoder_kl_wan.py, WanResidualBlock,
+WanRMS_norm, WanCausalConv3d), channels first, with the copies that pad a clip and put its history before it; the convolution
+adds its bias. The first two hold q and k as tensors of their own. Each entry prepares what its model prepares once per forward (not
 timed: per-token tables, angles per token) and returns what runs in every block.
 
 Shapes: L tokens, D width, H heads, K head width, R = 6 rows of a modulation table.
@@ -190,6 +192,31 @@ def _diffusers_rope(t: Inputs) -> Call:
     return lambda: (rotate(t["q"], t["weight_q"]), rotate(t["k"], t["weight_k"]))
 
 
+# diffusers' VAE.
+
+
+def _diffusers_vae(t: Inputs, residual: bool) -> Call:
+    """Between one convolution and the next, both of which see [B, C, T, H, W]."""
+    first = (0, 4, 1, 2, 3)
+    h = (t["pixels"] + t["channel_bias"]).permute(first).contiguous()
+    x = t["shortcut"].permute(first).contiguous() if residual else None
+    gamma, scale = t["gamma"].view(-1, 1, 1, 1), t["gamma"].numel() ** 0.5
+    history = torch.zeros_like(h[:, :, :2])
+
+    def last(z: Tensor) -> Tensor:
+        return z.permute(0, 2, 3, 4, 1)
+
+    def call() -> Outputs:
+        r = h if x is None else h + x
+        normalized = nnf.normalize(r if r.dtype == torch.float32 else r.float(), dim=1).to(r.dtype)
+        n = nnf.silu(normalized * scale * gamma + 0.0)
+        padded = nnf.pad(torch.cat([history, n], dim=2), (1, 1, 1, 1, 0, 0))
+        out = last(padded[:, :, 2:, 1:-1, 1:-1])
+        return (last(r), out) if residual else (out,)
+
+    return call
+
+
 def _plain_rms(t: Inputs) -> Call:
     return lambda: (_rms(t["x"], t["weight"]),)
 
@@ -212,4 +239,8 @@ FORMULATIONS: Mapping[str, Mapping[str, Formulation]] = {
         "guided_euler_step": Formulation(_plain_step),
     },
     "per-token": _family(_diffusers_k1, _diffusers_k3, _diffusers_k5, _diffusers_rms, _diffusers_rope),
+    "diffusers": {
+        "vae_act": Formulation(lambda t: _diffusers_vae(t, residual=False)),
+        "vae_act_residual": Formulation(lambda t: _diffusers_vae(t, residual=True)),
+    },
 }

@@ -1,6 +1,7 @@
 """What is measured, as data: shapes, the tensors that ops read, and each op with the bytes that one pass has to move.
 
-Sizes: L tokens = F*h*w, D width, H heads, K head width, I width of the feed-forward. A new op is one row of `OPS`, its
+Sizes: L tokens = F*h*w, D width, H heads, K head width, I width of the feed-forward; the VAE's pixels are [1, F, 8h, 8w, 96], its
+widest ones, as many frames at half the clip's height and width. A new op is one row of `OPS`, its
 competitors rows of `formulations.py` and `public_kernels.py`.
 """
 
@@ -85,6 +86,14 @@ def _width(s: Shape) -> tuple[int, ...]:
     return (s.dim,)
 
 
+CHANNELS, _PAST = 96, 2  # of the VAE's widest pixels; frames of history in a window
+
+
+def _pixels(s: Shape, past: int = 0) -> tuple[int, ...]:
+    frames, rows, columns = s.grid
+    return 1, past + frames, 8 * rows, 8 * columns, CHANNELS
+
+
 TENSORS: Mapping[str, Spec] = {
     **dict.fromkeys(("x", "y", "dr", "dn"), Spec(_activation)),
     "qkv": Spec(lambda s: (1, s.tokens, 3, s.heads, s.dim // s.heads)),
@@ -96,6 +105,10 @@ TENSORS: Mapping[str, Spec] = {
     "bias": Spec(_width, None),
     **dict.fromkeys(("latent", "v", "v_neg"), Spec(lambda s: s.latent, "latent", torch.float32)),
     "dsigma": Spec(lambda s: (s.grid[0],), "step", torch.float32, 0.1, -0.25),
+    **dict.fromkeys(("pixels", "shortcut", "sum"), Spec(_pixels, "frames")),
+    "window": Spec(lambda s: _pixels(s, _PAST), "frames"),
+    "gamma": Spec(lambda s: (CHANNELS,), None, None, 0.2, 1.0),
+    "channel_bias": Spec(lambda s: (CHANNELS,), None),
 }
 _ROPE = ("cos", "sin")
 _UNPACKED = ("q", "k")
@@ -167,6 +180,8 @@ def units(shape: Shape, itemsize: int) -> dict[str, int]:
         "angles": max(shape.grid) * (D // shape.heads) * 4,  # cos and sin
         "latent": 16 * F * 2 * rows * 2 * columns * 4,
         "step": F * 4,
+        "pixels": F * 8 * rows * 8 * columns * CHANNELS * itemsize,
+        "channels": CHANNELS * itemsize,
     }
 
 
@@ -201,6 +216,7 @@ class Op:
 # First word of `Op.kernel` -> the file in kernels/ that computes it on a GPU.
 FILES: Mapping[str, str] = {
     **dict.fromkeys(("K1", "K3", "K5"), "residual_norm.py"), "K2": "qk_rope.py", "K4": "norm.py", "step": "step.py", "fp8": "fp8.py",
+    "VAE": "vae_act.py",
     "GELU": "in the product's epilogue",
 }  # fmt: skip
 
@@ -252,6 +268,24 @@ def guided_euler_step(impl: Any, t: Inputs) -> Outputs:
     return (impl.guided_euler_step(t["latent"], t["v"], t["v_neg"], 5.0, t["dsigma"]),)
 
 
+def vae_act(impl: Any, t: Inputs) -> Outputs:
+    """Into the window of the next convolution, behind its history."""
+    if impl is reference:
+        out = impl.vae_act(t["pixels"], t["gamma"], bias=t["channel_bias"])[1]
+    else:
+        impl.vae_act_(t["pixels"], t["gamma"], bias=t["channel_bias"], out=(out := t["window"][:, _PAST:]))
+    return (out,)
+
+
+def vae_act_residual(impl: Any, t: Inputs) -> Outputs:
+    y, gamma, inputs = t["pixels"], t["gamma"], {"x": t["shortcut"], "bias": t["channel_bias"]}
+    if impl is reference:
+        made: Outputs = impl.vae_act(y, gamma, **inputs)
+        return made
+    impl.vae_act_(y, gamma, **inputs, r=t["sum"], out=(out := t["window"][:, _PAST:]))
+    return t["sum"], out
+
+
 def gelu(impl: Any, t: Inputs) -> Outputs:
     return (impl.gelu(t["hidden"]),)
 
@@ -298,6 +332,8 @@ OPS: Mapping[str, Op] = MappingProxyType(
             Op("qk_rope", "K2", "RMSNorm of q and k, 3-D RoPE", qk_rope, {"u": 4, "row": 2, "angles": 1}, _ROTATED, _BOTH),
             Op("qk_rope_inplace", "K2", "the same, in place", qk_rope_inplace, {"u": 4, "row": 2, "angles": 1}, _ROTATED, _BOTH, mutates=("qkv",)),
             Op("guided_euler_step", "step", "x[f] += (v_neg + g*(v-v_neg))[f]*dsigma[f]", guided_euler_step, {"latent": 4, "step": 1}, ("latent", "v", "v_neg", "dsigma"), ("latent",)),
+            Op("vae_act", "VAE", "SiLU(norm(y + bias)*gamma)", vae_act, {"pixels": 2, "channels": 2}, ("pixels", "gamma", "channel_bias"), ("frames",), mutates=("window",)),
+            Op("vae_act_residual", "VAE", "r = y + bias + x; SiLU(norm(r)*gamma)", vae_act_residual, {"pixels": 4, "channels": 2}, ("pixels", "gamma", "channel_bias", "shortcut"), ("frames", "frames"), mutates=("window", "sum")),
             Op("gelu", "GELU", "tanh GELU", gelu, {"hidden": 2}, ("hidden",)),
             Op("quantize_rows", "fp8", "e4m3 rows, a scale each", quantize_rows, {"u": 1, "e4m3": 1, "per_token": 1}, ("x",), oracle=lambda t: (t["x"],), view=_expanded, fp8=True),
             Op("gelu_quantize_rows", "fp8", "e4m3 rows of GELU(x)", gelu_quantize_rows, {"hidden": 1, "hidden_e4m3": 1, "per_token": 1}, ("hidden",), oracle=lambda t: gelu(reference, t), view=_expanded, fp8=True),

@@ -89,7 +89,7 @@ def _figures(name: str, seconds: Mapping[str, list[float]], moved: int, copy_gbp
     gbps = moved / (own["median"] * 1e-6) / 1e9
     speed = {
         f"over_{other}": ratio(seconds[other], seconds[name])
-        for other in ("eager", "torch.compile", "per-token", "reference")
+        for other in ("eager", "torch.compile", "per-token", "reference", "diffusers")
         if other in seconds and other != name
     }
     return {
