@@ -27,6 +27,7 @@ bench: .venv/.installed
 	$(BIN)/pusa-fast bench ops
 	$(BIN)/pusa-fast bench attention
 	$(BIN)/pusa-fast bench dit
+	$(BIN)/pusa-fast bench vae
 	$(BIN)/pusa-fast bench e2e
 
 clean:

@@ -79,8 +79,10 @@ def _spreads(result: Row) -> Iterator[tuple[str, Mapping[str, float], float]]:
         elif "forward" in row:
             yield name, row["forward"], 1.0
     for dtype in ("fp32", "bf16"):
-        for provider, value in result.get(dtype, {}).get("seconds", {}).items():
-            yield f"{dtype} {provider}", value, 1.0
+        found = result.get(dtype, {})
+        for part, own in (("", found), *((f" {direction}", found.get(direction, {})) for direction in ("decode", "encode"))):
+            for provider, value in own.get("seconds", {}).items():
+                yield f"{dtype}{part} {provider}", value, 1.0
     if "forward" in result:
         yield "forward pusa", result["forward"]["seconds"], 1.0
     for row in result.get("runs", ()):

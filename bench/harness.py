@@ -136,11 +136,12 @@ def _numerics(options: Options, recorder: Recorder) -> None:
     recorder.save(**run_numerics.run(recorder.device, clips=2 if options.quick else 16))
 
 
-# What can be measured, each into `recorder`'s result. The VAE and training will come as rows here.
+# What can be measured, each into `recorder`'s result. Training will come as a row here.
 RUNS: Mapping[str, Callable[[Options, Recorder], None]] = {
     "ops": _module("bench.run_ops"),
     "attention": _module("bench.run_attention"),
     "dit": _module("bench.run_dit"),
+    "vae": _module("bench.run_vae"),
     "e2e": _module("bench.run_e2e"),
     "numerics": _numerics,
 }

@@ -10,7 +10,7 @@
 # PYTHON   interpreter (default python3)
 # Results are written as they come in: a step that is cut short leaves what it had.
 set -u
-steps=(tests e2e-480p ops attention e2e-720p dit e2e-480p-fp8)
+steps=(tests e2e-480p ops vae-480p attention e2e-720p vae-720p dit e2e-480p-fp8)
 cd "$(dirname "$0")/.."
 : "${OUT:?OUT names the folder for the results}"
 PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-570}
@@ -53,8 +53,10 @@ run_step() {
       ;;
     e2e-480p) bench e2e-480p 240 e2e "$e2e, \"size\": \"480p\"" ;;
     ops) bench ops 300 ops "" ;;
+    vae-480p) bench vae-480p 150 vae '"size": "480p"' ;;
     attention) bench attention 180 attention "" ;;
     e2e-720p) bench e2e-720p 300 e2e "$e2e, \"size\": \"720p\"" ;;
+    vae-720p) bench vae-720p 240 vae '"size": "720p"' ;;
     dit) bench dit 400 dit "" ;;
     e2e-480p-fp8) bench e2e-480p-fp8 180 e2e "$e2e, \"size\": \"480p\", \"precision\": \"fp8\"" ;;
   esac

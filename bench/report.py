@@ -81,13 +81,16 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def latest(results: Results, kind: str) -> Results:
-    """The last result of each machine (and, for e2e, model and size), GPUs first."""
+    """The last result of each machine (and of what `_APART` names), GPUs first."""
     found: dict[tuple[str, ...], Row] = {}
     for result in results:
         if result["bench"] == kind:
-            what = tuple(str(result.get(key)) for key in ("model", "size")) if kind == "e2e" else ()
+            what = tuple(str(result.get(key)) for key in _APART.get(kind, ()))
             found[machine(result["card"]), *what] = result
     return sorted(found.values(), key=lambda result: result["card"]["gpu"] is None)
+
+
+_APART = {"e2e": ("model", "size"), "vae": ("size",)}
 
 
 def _sections(results: Results, kind: str, table: Callable[[Row], str]) -> str:
@@ -177,6 +180,43 @@ def _dit_cuda(result: Row) -> str:
         if row["status"] in ("ok", "failed") and "provider" in row
     ]
     return f"{markdown(('shape', 'forward', 'block, ms', '40 blocks, s', 'peak GiB (4 blocks)'), rows)}\n\n{result['scaling']}."
+
+
+def _vae(results: Results, _: list[Row]) -> str:
+    return _sections(results, "vae", lambda result: (_vae_rows if result["card"]["gpu"] else _vae_cpu)(result))
+
+
+def _vae_cpu(result: Row) -> str:
+    columns = ("", "faster than diffusers", "time over bare convolutions", "over those with weights laid out before", "peak memory over diffusers'", "ms a frame")
+    rows = [
+        [
+            f"{direction} {dtype}",
+            *(_times(own.get(key)) for key in ("speedup", "x_floor", "x_floor_packed", "peak_ratio")),
+            f"{own['ms_per_frame']['pusa']:.4g}",
+        ]
+        for dtype in ("fp32", "bf16")
+        for direction, own in result.get(dtype, {}).items()
+    ]
+    text = f"True size, {result['clip']}.\n\n{markdown(columns, rows)}"
+    if result.get("blend_speedup") is not None:
+        text += f"\n\nBlending and finishing a tiled decode: {result['blend_speedup']:.3g} times as fast as the reference's torch code."
+    return f"{text}\n\n{_vae_rows(result)}" if result.get("rows") else text
+
+
+def _vae_rows(result: Row) -> str:
+    """Every way to run it: time, memory, and how far its pixels are from those of the whole clip and of diffusers."""
+    columns = ("", "how", "ms (p20-p80)", "ms a frame", "peak MiB", "predicted peak", "PSNR to whole, dB", "to diffusers, dB", "seam")
+    rows = [
+        [
+            f"{row['direction']} {row['shape']} {row['dtype']}",
+            row["provider"],
+            f"{row['median_ms']:.4g} ({row['p20_ms']:.4g}-{row['p80_ms']:.4g})" if "median_ms" in row else f"{row['status']}: {row['reason']}",
+            *(f"{row[key]:.4g}" if key in row else "" for key in ("ms_per_frame", "peak_mib", "predicted_mib", "psnr_pusa_db", "psnr_diffusers_db", "seam")),
+        ]
+        for row in result["rows"]
+        if row["status"] in ("ok", "failed")
+    ]
+    return markdown(columns, rows)
 
 
 def _e2e(results: Results, _: list[Row]) -> str:
@@ -271,6 +311,7 @@ TABLES: Mapping[str, Callable[[Results, list[Row]], str]] = {
     "ops": _ops,
     "attention": _attention,
     "dit": _dit,
+    "vae": _vae,
     "e2e": _e2e,
     "kernels": _kernels,
     "registers": _registers,

@@ -14,7 +14,7 @@ import typer
 
 import pusa_fast
 
-app = typer.Typer(help="Measure: ops, attention, the transformer, whole runs. Works in a checkout only.")
+app = typer.Typer(help="Measure: ops, attention, the transformer, the VAE, whole runs. Works in a checkout only.")
 
 Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="Where (default: a GPU where there is one).")]
 Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes, warm caches: shows that it runs, not how fast.")]
@@ -71,6 +71,19 @@ def dit(
 ) -> None:
     """A forward of the transformer beside diffusers' on the same weights, and beside its bare products and attention."""
     _run("dit", device, quick, seconds, out, shapes=_names(shape), dtypes=_names(dtype))
+
+
+@app.command()
+def vae(
+    size: Annotated[str | None, typer.Option(metavar="480p|720p", help="On a GPU: 81 frames of 832x480 or 1280x720 (default both).")] = None,
+    dtype: Dtypes = None,
+    device: Device = None,
+    quick: Quick = False,
+    seconds: Seconds = None,
+    out: Out = None,
+) -> None:
+    """Encode and decode beside diffusers' VAE on the same weights and beside the bare convolutions; tilings and chunk sizes."""
+    _run("vae", device, quick, seconds, out, size=size, dtypes=_names(dtype))
 
 
 @app.command()
