@@ -124,7 +124,8 @@ def plain(vae: WanVAE, direction: str, x: Tensor) -> Tensor:
     mean, std = statistics(vae.config, x.device, torch.promote_types(x.dtype, torch.float32))
     if direction == "encode":
         return ((vae.encode_moments(x)[0] - mean) / std).to(x.dtype)
-    return vae.decode_whole((x * std + mean).to(x.dtype)).clamp_(-1, 1)
+    pixels: Tensor = vae.decode_whole((x * std + mean).to(x.dtype))
+    return pixels.clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -162,8 +163,8 @@ class Layer:
     def flops(self) -> int:
         m = self.module
         spans = zip(self.size[2:], self.padding, m.kernel_size, m.stride, strict=True)
-        places = math.prod((length + 2 * pad - k) // stride + 1 for length, pad, k, stride in spans)
-        return 2 * self.size[0] * places * m.in_channels * m.out_channels * math.prod(m.kernel_size)
+        places: int = math.prod((length + 2 * pad - k) // stride + 1 for length, pad, k, stride in spans)
+        return int(2 * self.size[0] * places * m.in_channels * m.out_channels * math.prod(m.kernel_size))
 
     def pieces(self) -> Iterator[tuple[int, ...]]:
         """Its size, cut along the frames where it is too large for one call; frames that two pieces read are in both."""

@@ -322,6 +322,8 @@ def test_a_run_that_dies_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.
         (("ops", "--out", "/nowhere/x.json"), "--out /nowhere/x.json: its folder does not exist"),
         (("ops", "--seconds", "soon"), "Invalid value for '--seconds'"),
         (("dit", "--device", "cpu", "--shape", "tiny", "--shape", "1.3b-2k"), "--shape 1.3b-2k: on the CPU bench dit measures one shape"),
+        (("vae", "--device", "cpu", "--size", "480p"), "--size 480p: on the CPU bench vae measures 17x128x224 only"),
+        (("vae", "--device", "cpu", "--dtype", "int4"), "--dtype int4 does not exist: choose from fp32, bf16"),
         (("e2e", "--size", "4k"), "--size 4k does not exist: choose from 480p, 720p"),
         (("e2e", "--steps", "0"), "--steps must be at least 1, got 0"),
         (("e2e", "--model", "wan2.1-t2v-14b"), "is a size, not weights: add --random-weights"),

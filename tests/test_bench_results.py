@@ -79,6 +79,8 @@ def test_times_of_every_kind_of_result_are_found() -> None:
     assert compare.times(e2e) == {"forward pusa": (2.0, 1.0, 3.0), "warm decode pusa": (4.0, 4.0, 4.0)}
     dit = {"rows": [{"shape": "s", "provider": "pusa", "forward": spread}], "bf16": {"speedup": 2.0}}
     assert compare.times(dit) == {"s pusa": (2.0, 1.0, 3.0)}
+    vae = {"bf16": {"decode": {"seconds": {"pusa": spread}}}, "rows": [{"direction": "encode", "shape": "s", "provider": "pusa", **timed}]}
+    assert compare.times(vae) == {"encode s pusa": (0.002, 0.001, 0.003), "bf16 decode pusa": (2.0, 1.0, 3.0)}
 
 
 def test_files_that_cannot_be_compared(tmp_path: Path) -> None:
@@ -156,7 +158,7 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
     root = documents(tmp_path, text=marked)
     report.run(root=root)
     empty = (root / "README.md").read_text()
-    assert empty.count("No results yet") == 5 and "Not compiled yet" in empty and "No GPU has measured these yet" in empty
+    assert empty.count("No results yet") == 6 and "Not compiled yet" in empty and "No GPU has measured these yet" in empty
 
     spread = {"median": 2.0, "p20": 1.0, "p80": 3.0}
     attention = {
@@ -167,12 +169,23 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
     sizes = {"blocks": 2, "shape": "1.3b-2k", "tokens": 2048, "frames": 4, "text_tokens": 512}
     block = {"shape": "14b-480p", "provider": "pusa", "status": "ok", "block_ms": spread, "forward_s": 2.51, "peak_gib": 9.0}
     clip = {"run": "warm", "status": "ok", "stages_s": {"text": 0.1, "decode": 1.3}, "total_s": 12.0, "peak_gib": 60.0}
+    passes = {"decode": {**ratios, "x_floor_packed": 1.3, "ms_per_frame": {"pusa": 123.4}}}
+    tiled = {
+        "direction": "decode", "shape": "17x128x224", "dtype": "bf16", "provider": "pusa feather", "status": "ok", **{f"{k}_ms": v for k, v in spread.items()},
+        "ms_per_frame": 0.12, "peak_mib": 80.0, "predicted_mib": 84.0, "psnr_pusa_db": 31.4, "seam": 1.07,
+    }  # fmt: skip
+    large = {"direction": "decode", "shape": "81x720x1280", "dtype": "bf16", "provider": "diffusers", "status": "failed", "reason": "out of memory"}
     forward = {"tokens": 32760, "seconds": spread, "x_roofline": 1.05, "roofline_s": {"total": 2.4}}
     named = {"quick": False, "complete": True}
     write(root / "bench/results/ops.json", ops_result(row("pusa", 1.0), card=card("NVIDIA H200")))
     write(root / "bench/results/attention.json", {"bench": "attention", "card": card("NVIDIA H200"), "rows": [attention], **named})
     write(root / "bench/results/dit.json", {"bench": "dit", "card": card(), "fp32": ratios, "bf16": ratios, **sizes, **named})
     write(root / "bench/results/dit-gpu.json", {"bench": "dit", "card": card("NVIDIA H200"), "rows": [block], "scaling": "2 and 4 blocks timed", **named})
+    vae = {"bench": "vae", "clip": "17x128x224", "blend_speedup": 12.34, "rows": [tiled, {"provider": "x", "status": "skipped", "reason": "r"}], "fp32": passes}
+    write(root / "bench/results/vae.json", {"card": card(), **vae, **named})
+    for size in ("480p", "720p"):
+        rows = [{**large, "shape": size}]
+        write(root / f"bench/results/vae-{size}.json", {"bench": "vae", "card": card("NVIDIA H200"), "rows": rows, "size": size, **named})
     e2e = {"bench": "e2e", "card": card("NVIDIA H200"), "model": "wan2.1-t2v-14b", "random_weights": True, "size": "480p", "steps": 4}
     write(root / "bench/results/e2e.json", {**e2e, "runs": [clip], "forward": forward, **named})
     compiled = {"kernel": "k", "op": "rms_norm", "variant": "", "model": "14B", "warps": 4, "registers": 64, "spills": 0, "shared": 16}
@@ -188,6 +201,12 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
         "| fp32 | 1.70x | 1.20x | 1.25x | 0.60x |",
         "| 14b-480p | pusa | 2 | 2.51 | 9 |",
         "| warm | 0.1 | 1.3 | 12 | 60 |",
+        "| decode fp32 | 1.70x | 1.25x | 1.30x | 0.60x | 123.4 |",
+        "True size, 17x128x224.",
+        "Blending and finishing a tiled decode: 12.3 times as fast",
+        "| decode 17x128x224 bf16 | pusa feather | 2 (1-3) | 0.12 | 80 | 84 | 31.4 |  | 1.07 |",
+        "| decode 480p bf16 | diffusers | failed: out of memory |",
+        "| decode 720p bf16 | diffusers | failed: out of memory |",
         "One forward of 32760 tokens: 2 s (1-3), 1.05 times the 2.4 s",
         "| kernel, 14B | op | warps | sm_90 | sm_100 |",
         "| `k` | rms_norm | 4 | 60 / 0 / 16 | 64 / 0 / 16 |",
@@ -238,12 +257,12 @@ def test_the_gpu_script_goes_on_after_a_failure(tmp_path: Path) -> None:
     done = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t")[:-1] for line in calls.read_text().splitlines()]
-    assert [words[1] for words in lines] == ["pytest", *["bench"] * 6]
+    assert [words[1] for words in lines] == ["pytest", *["bench"] * 8]
     for words in lines[1:]:
         options = harness.Options.from_json(words[3])
         assert words[2] in harness.RUNS and options.device == "cuda" and options.seconds >= 30
         assert Path(options.out).parent == tmp_path / "out"
         assert words[2] != "e2e" or run_e2e._plan(replace(options, device="cuda"), torch.device("cuda"))["steps"] == 4
-    assert done.stdout.count("exit 3") == 7
+    assert done.stdout.count("exit 3") == 9
     wrong = subprocess.run([script, "speed"], env=environment, capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2 and "speed: no such step" in wrong.stderr
