@@ -371,3 +371,12 @@ def test_at_the_promised_size_the_aims_are_judged(monkeypatch: pytest.MonkeyPatc
     run_vae._compare_cpu(None, None, run_vae.CPU_CLIP, "bf16", recorder, False, promised=True)
     kept = json.loads((tmp_path / "r.json").read_text())
     assert kept["bf16"]["decode"]["meets"] == {"speedup": False, "x_floor": False, "peak": True}
+
+
+def test_figures_by_hand() -> None:
+    seconds = {"pusa": [2.0, 2.0], "diffusers": [3.0, 3.0], "floor": [1.6, 1.6], "floor packed": [1.0, 1.0]}
+    layers = [models.Layer(nn.Conv2d(3, 2, 3), (9, 3, 5, 5))]  # 2 * 9 frames * 3x3 places * 3x3 taps * 3 * 2 channels
+    found = run_vae._figures(seconds, {"pusa": 100 << 20, "diffusers": 200 << 20}, layers, SMALL, 110 << 20)
+    assert [found[name] for name in ("speedup", "x_floor", "x_floor_packed", "peak_ratio", "predicted_over_measured_peak")] == [1.5, 1.25, 2, 0.5, 1.1]
+    assert found["ms_per_frame"]["pusa"] == 400 and found["gflops"]["floor packed"] == pytest.approx(8748e-9, rel=1e-3)
+    assert found["peak_mib"] == {"pusa": 100, "diffusers": 200} and "speedup" not in run_vae._figures({"pusa": [1.0], "floor": [1.0]}, {"pusa": 1}, layers, SMALL, None)
