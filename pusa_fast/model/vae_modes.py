@@ -25,7 +25,7 @@ Pieces = Iterator[Tensor]
 
 
 # Tiles smaller than this are run several at a time.
-_BATCH_LATENT_PIXELS = 1024
+_BATCH_LATENT_PIXELS = 256
 
 
 @dataclass(frozen=True)
