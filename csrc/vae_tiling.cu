@@ -17,7 +17,10 @@ namespace pusa {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;
+#if !defined(PUSA_BLOCK_THREADS)  // fewer where threads are emulated
+#define PUSA_BLOCK_THREADS 256
+#endif
+constexpr int kThreads = PUSA_BLOCK_THREADS;
 constexpr int kPixels = 128;  // of a row, for a block that blends
 constexpr int kPlaces = 64;   // tiles of a launch: they travel as its argument
 constexpr std::int64_t kMostBlocks = 1 << 30;

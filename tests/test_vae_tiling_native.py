@@ -476,6 +476,19 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_cuda_kernels_on_threads_are_the_cpu_s(sanitizer: str, tmp_path: Path) -> None:
+    """The CUDA kernels, their blocks' threads emulated: the bits of the CPU's, no access outside memory, no race in a block."""
+    flags = ["-std=c++20", "-O1", "-g", "-ffp-contract=fast", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    flags += ["-I", str(ROOT / "tests" / "cuda_on_cpu"), *INCLUDES, "-DPUSA_ISA=base", "-DPUSA_BLOCK_THREADS=8"]
+    sources = [ROOT / "csrc" / "vae_tiling_rows.cpp", ROOT / "csrc" / "vae_tiling.cpp", ROOT / "tests" / "vae_tiling_emulated.cpp"]
+    program = str(tmp_path / "emulated")
+    run("g++", *flags, *map(str, sources), "-x", "c++", str(ROOT / "csrc" / "vae_tiling.cu"), "-o", program, "-pthread")
+    assert "all well" in run(program, "60")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("cuda", ["OFF", pytest.param("ON", marks=needs_nvcc)])
 def test_wheel_builds_with_and_without_cuda(cuda: str, tmp_path: Path) -> None:
     options = [f"-Ccmake.define.PUSA_CUDA={cuda}", f"-Cbuild-dir={tmp_path / 'build'}"]
