@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pusa_fast import Tiling, VAEConfig, WanVAE
 from pusa_fast.commands import bench as command
-from pusa_fast.model.vae import FrameAttention
+from pusa_fast.model.vae_layers import FrameAttention
 
 CPU = torch.device("cpu")
 TINY = VAEConfig(base_dim=8)
