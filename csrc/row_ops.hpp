@@ -147,7 +147,8 @@ struct Pixels {
 };
 
 // r = y + bias + x ; out = act(r / max(||r||, 1e-12) * sqrt(C) * gamma), where r and out are given. With `upsampled`, pixel
-// (h, w) of r is channels (2 a + e) C .. of pixel (i + a, j + e) of y, h = 2 i + a, w = 2 j + e. r may be x or y.
+// (h, w) of r is channels (2 a + e) C .. of pixel (i + a, j + e) of y, h = 2 i + a, w = 2 j + e. r may be x or y. Unlike
+// all else, out in bf16 is approximated (to a tenth of what rounding costs), and of two equally near takes the larger one.
 struct VaeAct {
   Type type;
   std::int64_t size[4];  // B, T, H, W of r and out

@@ -459,6 +459,10 @@ def test_other_wrong_arguments() -> None:
     refuses("vae_act", "r can be x only", _2=pixels, _4=pixels.as_strided(pixels.shape, (576, 192, 8, 32, 1)))
     refuses("vae_act", "r can be y only", _0=pixels, _4=pixels.as_strided(pixels.shape, (576, 192, 8, 32, 1)))
     refuses("vae_act", "r can be y only", _0=many, _4=many.view(-1)[:1152].view(2, 3, 4, 6, 8), _7=True)
+    steps = (2400, 800, 128, 32, 1)
+    wide = torch.zeros(7200)
+    phases, alike = wide.as_strided((2, 3, 3, 4, 32), steps), wide.as_strided((2, 3, 4, 6, 8), steps)
+    refuses("vae_act", "r can be y only", _0=phases, _4=alike, _7=True)
     with pytest.raises(ValueError, match="sse9: this build and processor have base"):
         _native.set_isa("sse9")
 
