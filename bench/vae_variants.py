@@ -50,9 +50,9 @@ def tilings(vae: WanVAE, direction: str, x: Tensor, clip: Clip) -> Iterator[Cand
     """Both modes with the clip's tile; "exact" gives what whole gives."""
     scale = 1 if direction == "encode" else vae.config.spatial_factor
     sizes = (clip.height // vae.config.spatial_factor, clip.width // vae.config.spatial_factor)
-    rows, columns = (tile_lines(*along, scale) for along in zip(sizes, clip.tile, clip.stride, strict=True))
-    for mode in ("feather", "exact"):
+    for mode, stride in (("feather", clip.stride), ("exact", clip.tile)):
         name = f"pusa {mode}"
+        rows, columns = (tile_lines(*along, scale) for along in zip(sizes, clip.tile, stride, strict=True))
         try:
             tiling = Tiling(clip.tile, clip.stride, mode)
         except ValueError as error:
