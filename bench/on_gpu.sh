@@ -6,11 +6,11 @@
 #
 # OUT      folder for the results: one JSON file a step, tests.txt, log.txt
 # LIMIT    seconds for all steps together (default 570)
-# WHEELS   folder of wheels to put on the path first (diffusers; flash-attn-4 and what it needs)
+# WHEELS   folder of wheels to put on the path first (diffusers; pybind11, for the compiled part; flash-attn-4 and what it needs)
 # PYTHON   interpreter (default python3)
 # Results are written as they come in: a step that is cut short leaves what it had.
 set -u
-steps=(tests e2e-480p ops vae-480p attention e2e-720p vae-720p dit e2e-480p-fp8)
+steps=(native tests e2e-480p ops vae-480p attention e2e-720p vae-720p dit e2e-480p-fp8 sanitizer)
 cd "$(dirname "$0")/.."
 : "${OUT:?OUT names the folder for the results}"
 PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-570}
@@ -45,10 +45,22 @@ bench() {
 }
 
 e2e='"model": "wan2.1-t2v-14b", "random_weights": true'
+# The compiled part, for the interpreter and the GPU at hand. Without pybind11 or a compiler everything runs on its fallbacks.
+build_native() {
+  local version pybind
+  pybind=$("$PYTHON" -m pybind11 --cmakedir) && version=$("$PYTHON" -c 'import pusa_fast; print(pusa_fast.__version__)') &&
+    cmake -S . -B build/gpu -DCMAKE_BUILD_TYPE=Release -DSKBUILD_PROJECT_VERSION_FULL="$version" -Dpybind11_DIR="$pybind" \
+      -DPython_EXECUTABLE="$(command -v "$PYTHON")" -DCMAKE_CUDA_ARCHITECTURES="${CUDA_ARCH:-90-real}" &&
+    cmake --build build/gpu -j && cp build/gpu/_native*.so pusa_fast/ &&
+    "$PYTHON" -c 'import pusa_fast._native as n; assert n.cuda_built(); print(n.isas())'
+}
+
 run_step() {
   case $1 in
+    native) step native 150 bash -c 'build_native' ;;
+    sanitizer) step sanitizer 200 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_vae_cuda.py -k "tiles or stream" ;;
     tests)
-      step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels tests/test_attention.py tests/test_dit.py tests/test_bench*.py
+      step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels tests/test_vae_cuda.py tests/test_attention.py tests/test_dit.py tests/test_bench*.py
       sed -n '/^== tests$/,$p' "$OUT/log.txt" | tail -60 >"$OUT/tests.txt"
       ;;
     e2e-480p) bench e2e-480p 240 e2e "$e2e, \"size\": \"480p\"" ;;
@@ -62,6 +74,8 @@ run_step() {
   esac
 }
 
+export -f build_native
+export PYTHON
 [ $# -gt 0 ] || set -- "${steps[@]}"
 for name in "$@"; do
   if [[ " ${steps[*]} " != *" $name "* ]]; then
