@@ -49,6 +49,7 @@ class _Request:
     media: tuple[Medium, ...]
     tiling: Tiling | None  # of the encoder, which finds out itself what "auto" means for each medium
     decode_tiling: Tiling | None
+    overcompute: float  # of the decoder in tiles: its multiplications over those of a whole clip
     context: str | Tensor
     negative: str | Tensor | None  # None: no guidance
 
@@ -58,7 +59,7 @@ class Pipeline:
 
     Attributes: `dit`, `vae`, `text_encoder`; `defaults`, what None stands for in a call (and the model's fps); `spec`, its model.json;
     `files`, where it was loaded from (None: built by hand); `loras`, handles by path; `last_run`, what the last call did:
-    `seconds` per stage, `task`, `guidance_mode`, `tokens`, the settings.
+    `seconds` per stage, `task`, `guidance_mode`, `tokens`, the settings, the decoder's `tiling` and its `overcompute`.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class Pipeline:
             given, conditions, tiling, (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
         )
         chosen = request.settings
-        self.last_run = {"task": request.plan.task, **asdict(chosen), "tiling": request.decode_tiling, "seconds": {}}
+        self.last_run = {"task": request.plan.task, **asdict(chosen), "tiling": request.decode_tiling, "overcompute": request.overcompute, "seconds": {}}
         with self._stage("text"):
             context = self._context(request.context)
             negative = None if request.negative is None else self._context(request.negative)
@@ -215,7 +216,8 @@ class Pipeline:
             return opened[-1].frames
 
         plan = task.resolve(conditions, settings.num_frames, count_frames, factor)
-        return _Request(settings, plan, tuple(opened), tiles, decode_tiles, context, opposite)
+        overcompute = round(self.vae.runner("decode").overcompute(size[1:], decode_tiles), 3)
+        return _Request(settings, plan, tuple(opened), tiles, decode_tiles, overcompute, context, opposite)
 
     def _tiling(self, tiling: Tiling | str | None) -> Tiling | None:
         if isinstance(tiling, Tiling) or tiling is None:

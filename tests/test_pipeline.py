@@ -194,6 +194,7 @@ def test_tiling_reaches_both_ends_of_the_vae(pipe: Pipeline, monkeypatch: pytest
         seen.clear()
         pipe("a", conditions=[Condition(picture())], tiling=tiling)
         assert seen == [tiling, tiling] and pipe.last_run["tiling"] == tiling
+        assert pipe.last_run["overcompute"] > 1
 
 
 def test_auto_tiling_counts_with_the_weights_of_all_parts(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,9 +121,12 @@ def test_overcompute(vae: WanVAE) -> None:
 
 
 def test_overcompute_at_480p_is_a_fraction_of_the_feathered_one() -> None:
+    """The feathered figures are the specification's (docs/reference.md, 6.2)."""
     runner = _META.runner("decode")
-    tiles = exact_boxes((60, 104), Tiling(tile=(30, 52), mode="exact"), 8)
-    assert overcompute(runner.outer, tiles, (60, 104), runner.inner) < 1.35  # feathered: 2.25
+    for size, feathered in (((60, 104), 2.25), ((90, 160), 3.02)):
+        assert runner.overcompute(size, Tiling()) == pytest.approx(feathered, abs=0.005)
+        assert 1 < runner.overcompute(size, Tiling(mode="exact")) < 1.25
+        assert runner.overcompute(size, None) == 1
 
 
 def test_stages_of_the_published_vae() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pusa_fast.model.blending import Blend, blend
 from pusa_fast.model.tiling import Tiling, tile_spans
 from pusa_fast.model.vae_layers import Head
-from pusa_fast.model.vae_stages import Box, Stage, crop, flow, full, trace
+from pusa_fast.model.vae_stages import Box, Stage, crop, flow, full, overcompute, trace
 from pusa_fast.model.vae_stream import Stream
 
 Pieces = Iterator[Tensor]
@@ -80,6 +80,18 @@ class Runner:
         route = trace(stages, box, clip.size)
         source = crop(x, route.sources[0])
         return flow(stages, source, clip.latents, route, Stream(self.adds), self.item_bytes, self.chunk_bytes)
+
+    def overcompute(self, size: tuple[int, int], tiling: Tiling | None) -> float:
+        """Multiplications with this tiling over those of the whole clip; `size`: latent rows and columns."""
+        if tiling is None:
+            return 1.0
+        if tiling.mode == "exact":
+            boxes = exact_boxes(size, tiling, self.outer[-1].scale[1])
+            return overcompute(self.outer, boxes, size, self.inner)
+        rows, columns = (
+            sum(stop - start for start, stop in tile_spans(*axis)) for axis in zip(size, tiling.tile, tiling.stride, strict=True)
+        )
+        return rows * columns / (size[0] * size[1])
 
     def frames(self, stages: Sequence[Stage], clip: Clip) -> int:
         """Frames that come out of the last of `stages`."""
