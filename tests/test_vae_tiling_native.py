@@ -99,22 +99,35 @@ def test_half_precision_is_converted_exactly(isa: str) -> None:
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     found = torch.empty(1, 1, 2**16, 1)
     _native.finish_frames(halves.view(1, 1, -1, 1), None, found, False, False, 1, 0)
-    assert torch.equal(found.flatten(), halves.float()) or found.flatten().nan_to_num(7).equal(halves.float().nan_to_num(7))
+    assert torch.equal(found.flatten(), halves.float()) or found.flatten().nan_to_num(7).equal(
+        halves.float().nan_to_num(7)
+    )
     bits = halves.float().view(torch.int32)
     values = torch.cat([bits + step for step in (0, 0xFFF, 0x1000, 0x1001, 0x1FFF)]).view(torch.float32)
     tiny = torch.rand(4096) * 2**-23
-    values = torch.cat([values, tiny, -tiny, torch.tensor([65519.996, 65520.0, 1e30, -1e30, torch.inf, 2**-25, 2**-26])])
+    values = torch.cat(
+        [values, tiny, -tiny, torch.tensor([65519.996, 65520.0, 1e30, -1e30, torch.inf, 2**-25, 2**-26])]
+    )
     out = torch.empty(1, 1, values.numel(), 1, dtype=torch.float16)
     _native.finish_frames(values.view(1, 1, -1, 1), None, out, False, False, 1, 0)
     expected = values.half()
     assert torch.equal(out.flatten().isnan(), expected.isnan())
-    assert torch.equal(out.flatten().nan_to_num(0, torch.inf, -torch.inf), expected.nan_to_num(0, torch.inf, -torch.inf))
+    assert torch.equal(
+        out.flatten().nan_to_num(0, torch.inf, -torch.inf), expected.nan_to_num(0, torch.inf, -torch.inf)
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int16, *FLOATS, torch.float64, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.bool, torch.int16, *FLOATS, torch.float64, torch.complex64], ids=str
+)
 def test_gathers_any_strides_and_elements(dtype: torch.dtype) -> None:
     values = torch.randint(0, 100, (9, 3, 11, 5)).to(dtype)
-    for source in (values.permute(1, 0, 2, 3), values[:, :, 1:, :3], values[::2, :, ::3], values[:1].expand(9, 3, 11, 5)):
+    for source in (
+        values.permute(1, 0, 2, 3),
+        values[:, :, 1:, :3],
+        values[::2, :, ::3],
+        values[:1].expand(9, 3, 11, 5),
+    ):
         height, width = source.shape[1] - 1, source.shape[2] - 2
         tops, lefts = [0, 1, 0], [2, 0, 1]
         tiles = torch.empty(3, source.shape[0], height, width, source.shape[3], dtype=dtype)
@@ -173,7 +186,12 @@ def test_memory_around_outputs_is_untouched(data: st.DataObject) -> None:
 
 class DLTensor(ctypes.Structure):
     _fields_ = [
-        *(("data", ctypes.c_void_p), ("device", ctypes.c_int32), ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32)),
+        *(
+            ("data", ctypes.c_void_p),
+            ("device", ctypes.c_int32),
+            ("device_id", ctypes.c_int32),
+            ("ndim", ctypes.c_int32),
+        ),
         *(("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)),
         *(("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64))),
         *(("byte_offset", ctypes.c_uint64), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)),
@@ -205,7 +223,14 @@ def capsule(
 
 
 def gather_arguments() -> dict[str, Any]:
-    return {"source": torch.rand(2, 6, 8, 3), "tiles": torch.empty(2, 2, 4, 5, 3), "tops": [0, 2], "lefts": [0, 3], "threads": 1, "stream": 0}
+    return {
+        "source": torch.rand(2, 6, 8, 3),
+        "tiles": torch.empty(2, 2, 4, 5, 3),
+        "tops": [0, 2],
+        "lefts": [0, 3],
+        "threads": 1,
+        "stream": 0,
+    }
 
 
 def blend_arguments() -> dict[str, Any]:
@@ -214,14 +239,20 @@ def blend_arguments() -> dict[str, Any]:
 
 
 def finish_arguments() -> dict[str, Any]:
-    arrays = {"acc": torch.rand(2, 6, 8, 3), "weight": torch.ones(6, 8), "out": torch.empty(2, 6, 8, 3, dtype=torch.uint8)}
+    arrays = {
+        "acc": torch.rand(2, 6, 8, 3),
+        "weight": torch.ones(6, 8),
+        "out": torch.empty(2, 6, 8, 3, dtype=torch.uint8),
+    }
     return dict(**arrays, clamp=True, round=False, threads=1, stream=0)
 
 
 def once_arguments() -> dict[str, Any]:
     out = torch.empty(2, 6, 8, 3, dtype=torch.uint8)
     places = {"tops": [0, 2], "lefts": [0, 3], "border_h": 2, "border_w": 2}
-    return dict(tiles=[torch.rand(2, 4, 5, 3), torch.rand(2, 3, 4, 3)], **places, out=out, clamp=True, round=False, threads=1)
+    return dict(
+        tiles=[torch.rand(2, 4, 5, 3), torch.rand(2, 3, 4, 3)], **places, out=out, clamp=True, round=False, threads=1
+    )
 
 
 CALLS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -238,7 +269,9 @@ def call(name: str, **changed: Any) -> None:
 
 def overlapping(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows one element apart."""
-    return torch.zeros(4096, dtype=dtype).as_strided(shape, (0, 0, 1, 1)[-len(shape) :] if len(shape) < 5 else (0, 0, 0, 1, 1))
+    return torch.zeros(4096, dtype=dtype).as_strided(
+        shape, (0, 0, 1, 1)[-len(shape) :] if len(shape) < 5 else (0, 0, 0, 1, 1)
+    )
 
 
 ONE_MEMORY = torch.zeros(4096)
@@ -380,7 +413,13 @@ def test_no_arguments_crash(drawn: tuple[str, list[Any]]) -> None:
 def test_huge_views_are_no_huge_work() -> None:
     """Axes without elements say nothing of the others."""
     with pytest.raises(ValueError):
-        call("blend_tiles", acc=torch.zeros(0, 2**40, 2**20, 3), tiles=torch.zeros(1, 0, 2**40, 2**20, 3), tops=[0], lefts=[0])
+        call(
+            "blend_tiles",
+            acc=torch.zeros(0, 2**40, 2**20, 3),
+            tiles=torch.zeros(1, 0, 2**40, 2**20, 3),
+            tops=[0],
+            lefts=[0],
+        )
     empty = torch.zeros(0, 2**40, 2**19, 3)
     _native.finish_frames(empty, None, empty.to(torch.uint8), True, False, 1, 0)
     _native.gather_tiles(torch.rand(2, 6, 8, 3), torch.empty(0, 2, 2**30, 2**20, 3), [], [], 1, 0)
@@ -413,7 +452,9 @@ def run(*command: str, **options: Any) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or not (_native and _native.cuda_built()), reason="needs CUDA code, no device")
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not (_native and _native.cuda_built()), reason="needs CUDA code, no device"
+)
 def test_without_a_driver_cuda_code_says_so() -> None:
     with pytest.raises(RuntimeError, match="CUDA: "):
         call("gather_tiles", source=capsule([2, 6, 8, 3], device=(2, 0)), tiles=capsule([2, 2, 4, 5, 3], device=(2, 0)))
@@ -436,7 +477,9 @@ assert "libcuda" not in open("/proc/self/maps").read()
 def compile_cuda(arch: str, folder: Path) -> None:
     """Without spills."""
     source = str(ROOT / "csrc" / "vae_tiling.cu")
-    log = run("nvcc", "-std=c++17", f"-arch=sm_{arch}", *INCLUDES, "-Xptxas=-v", "-c", source, "-o", str(folder / "tiling.o"))
+    log = run(
+        "nvcc", "-std=c++17", f"-arch=sm_{arch}", *INCLUDES, "-Xptxas=-v", "-c", source, "-o", str(folder / "tiling.o")
+    )
     spills = [line for line in log.splitlines() if "spill" in line]
     assert spills and all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
 
@@ -466,7 +509,16 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     objects = []
     for isa, extra in options.items():
         objects.append(str(tmp_path / f"{isa}.o"))
-        run("g++", *flags, *extra, f"-DPUSA_ISA={isa}", "-c", str(ROOT / "csrc" / "vae_tiling_rows.cpp"), "-o", objects[-1])
+        run(
+            "g++",
+            *flags,
+            *extra,
+            f"-DPUSA_ISA={isa}",
+            "-c",
+            str(ROOT / "csrc" / "vae_tiling_rows.cpp"),
+            "-o",
+            objects[-1],
+        )
     program = str(tmp_path / "fuzz")
     sources = [str(ROOT / "csrc" / "vae_tiling.cpp"), str(ROOT / "tests" / "vae_tiling_fuzz.cpp")]
     run("g++", *flags, *define, *sources, *objects, "-o", program)
@@ -482,7 +534,11 @@ def test_cuda_kernels_on_threads_are_the_cpu_s(sanitizer: str, tmp_path: Path) -
     """The CUDA kernels, their blocks' threads emulated: the bits of the CPU's, no access outside memory, no race in a block."""
     flags = ["-std=c++20", "-O1", "-g", "-ffp-contract=fast", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     flags += ["-I", str(ROOT / "tests" / "cuda_on_cpu"), *INCLUDES, "-DPUSA_ISA=base", "-DPUSA_BLOCK_THREADS=8"]
-    sources = [ROOT / "csrc" / "vae_tiling_rows.cpp", ROOT / "csrc" / "vae_tiling.cpp", ROOT / "tests" / "vae_tiling_emulated.cpp"]
+    sources = [
+        ROOT / "csrc" / "vae_tiling_rows.cpp",
+        ROOT / "csrc" / "vae_tiling.cpp",
+        ROOT / "tests" / "vae_tiling_emulated.cpp",
+    ]
     program = str(tmp_path / "emulated")
     run("g++", *flags, *map(str, sources), "-x", "c++", str(ROOT / "csrc" / "vae_tiling.cu"), "-o", program, "-pthread")
     assert "all well" in run(program, "60")

@@ -40,7 +40,9 @@ _native = _load_native()
 class Accumulator(Protocol):
     """What a `Blend` keeps between tiles. Starts empty: made from the (T, H, W, C) of the result, its borders, device and dtype."""
 
-    def __init__(self, shape: Sequence[int], borders: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None: ...
+    def __init__(
+        self, shape: Sequence[int], borders: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> None: ...
 
     def add(self, tiles: Tensor, tops: Sequence[int], lefts: Sequence[int]) -> None:
         """Tiles [N, T, th, tw, C]."""
@@ -97,7 +99,9 @@ def _torch_finish(values: Tensor, out: Tensor, clamp: bool, round: bool) -> None
 
 
 class _TorchSums:
-    def __init__(self, shape: Sequence[int], borders: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: Sequence[int], borders: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
         dtype = torch.promote_types(dtype, torch.float32)
         self.sums = torch.zeros(*shape, device=device, dtype=dtype)
         self.weight = torch.zeros(*shape[1:3], device=device, dtype=dtype)
@@ -134,7 +138,9 @@ def _native_finish(values: Tensor, out: Tensor, clamp: bool, round: bool) -> Non
 
 
 class _NativeSums:
-    def __init__(self, shape: Sequence[int], borders: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: Sequence[int], borders: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.sums = torch.empty(*shape, device=device)  # not cleared: nothing is read where the weight is 0
         self.weight = torch.zeros(*shape[1:3], device=device)
         self.borders = borders
@@ -151,7 +157,9 @@ class _NativeSums:
 class _KeptTiles:
     """The tiles themselves, blended in one pass at the end: of 16-bit tiles that takes the memory of sums, and less time."""
 
-    def __init__(self, shape: Sequence[int], borders: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: Sequence[int], borders: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.borders = borders
         self.tiles: list[Tensor] = []
         self.places: list[tuple[int, int]] = []
@@ -302,15 +310,15 @@ class Blend:
         return out
 
 
-def _check_places(
-    tops: Sequence[int], lefts: Sequence[int], size: tuple[int, int], within: Sequence[int]
-) -> None:
+def _check_places(tops: Sequence[int], lefts: Sequence[int], size: tuple[int, int], within: Sequence[int]) -> None:
     if len(tops) != len(lefts):
         raise ValueError(f"each tile has a top and a left, got {len(tops)} and {len(lefts)}")
     for starts, length, limit in zip((tops, lefts), size, within, strict=True):
         bad = [start for start in starts if not 0 <= start <= limit - length]
         if length < 1 or bad:
-            raise ValueError(f"tiles of {size[0]}x{size[1]} must lie inside {within[0]}x{within[1]}, got starts {list(starts)}")
+            raise ValueError(
+                f"tiles of {size[0]}x{size[1]} must lie inside {within[0]}x{within[1]}, got starts {list(starts)}"
+            )
 
 
 def _batches(height: int, width: int, tiling: Tiling, most: int) -> Iterator[list[tuple[int, int, int, int]]]:
@@ -341,11 +349,15 @@ def blend(
     of in_scale, a batch below one, and results of another shape.
     """
     if source.ndim != 5 or source.shape[2] % in_scale or source.shape[3] % in_scale or batch < 1:
-        raise ValueError(f"blend takes [B, T, H, W, C], H and W multiples of {in_scale}, got {list(source.shape)}, batch {batch}")
+        raise ValueError(
+            f"blend takes [B, T, H, W, C], H and W multiples of {in_scale}, got {list(source.shape)}, batch {batch}"
+        )
     h, w = source.shape[2] // in_scale, source.shape[3] // in_scale
     borders = tuple((tile - stride) * out_scale for tile, stride in zip(tiling.tile, tiling.stride, strict=True))
     return [
-        _blend_clip(_unit(clip), run, (frames, h, w, channels), tiling, in_scale, out_scale, (borders[0], borders[1]), batch)
+        _blend_clip(
+            _unit(clip), run, (frames, h, w, channels), tiling, in_scale, out_scale, (borders[0], borders[1]), batch
+        )
         for clip in source
     ]
 
