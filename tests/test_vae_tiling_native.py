@@ -452,6 +452,13 @@ def run(*command: str, **options: Any) -> str:
     return done.stdout + done.stderr
 
 
+def load_native(library: Path) -> str:
+    """Source that makes `module` of this very file, whatever is installed."""
+    spec = f"importlib.util.spec_from_file_location('_native', {str(library)!r})"
+    load = f"spec = {spec}; module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)"
+    return f"import importlib.util; {load}"
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available() or not (_native and _native.cuda_built()), reason="needs CUDA code, no device"
 )
