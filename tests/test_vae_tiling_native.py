@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -554,7 +555,7 @@ def test_wheel_builds_with_and_without_cuda(cuda: str, tmp_path: Path) -> None:
     run(sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", *options, "-w", str(tmp_path), cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "wheel")
-    (library,) = (tmp_path / "wheel" / "pusa_fast").glob("_native*")
+    (library,) = (tmp_path / "wheel" / "pusa_fast").glob(f"_native{EXTENSION_SUFFIXES[0]}")
     found = run(
         sys.executable,
         "-c",
