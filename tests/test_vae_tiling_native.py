@@ -85,6 +85,22 @@ def test_a_batch_is_its_tiles_one_by_one(isa: str) -> None:
     assert torch.equal(together.sums, single.sums) and torch.equal(together.weight, single.weight)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_one_pass_has_the_bits_of_two(isa: str, dtype: torch.dtype) -> None:
+    """Same order of additions; and its product with a reciprocal, corrected, rounds as a division does."""
+    shape, borders = (5, 60, 90, 3), (17, 29)
+    both = [kind(shape, borders, CPU, dtype) for kind in (blending._NativeSums, blending._KeptTiles)]
+    for top, bottom in tile_spans(60, 30, 13):
+        for left, right in tile_spans(90, 47, 18):
+            tile = torch.randn(1, 5, bottom - top, right - left, 3).to(dtype)
+            for blend in both:
+                blend.add(tile, [top], [left])
+    results = [torch.empty(shape) for _ in both]
+    for blend, out in zip(both, results, strict=True):
+        blend.finish(out, False, False)
+    assert torch.equal(*results)
+
+
 def test_sums_are_not_read_before_they_are_written(isa: str) -> None:
     """What torch.empty holds may be anything."""
     blend = blending._NativeSums((2, 5, 9, 3), (2, 4), CPU, torch.float32)
