@@ -22,7 +22,7 @@ from pusa_fast.model.dit import WanDiT
 from pusa_fast.model.text import TextEncoder
 from pusa_fast.model.tiling import Tiling
 from pusa_fast.model.vae import WanVAE
-from pusa_fast.model.vae_memory import usable_memory
+from pusa_fast.model.vae_memory import usable_memory, weight_bytes
 from pusa_fast.model.vae_modes import join
 from pusa_fast.sampling import conditioning, sampler, task
 from pusa_fast.sampling.schedule import lift, sigma_grid
@@ -34,9 +34,9 @@ LoRAs = Mapping[str | os.PathLike[str], float]
 # What to change when a stage runs out of memory.
 _RELIEF = {
     "text": "load the model in a smaller dtype, or give prompt_embeds made elsewhere",
-    "encode": "use tiling='auto', or a smaller height and width",
+    "encode": "use tiling='auto' (or Tiling(mode='exact') with smaller tiles), or a smaller height and width",
     "denoise": "use fewer num_frames, a smaller height and width, or guidance_scale=1",
-    "decode": "use tiling='auto', a smaller height and width, or fewer num_frames",
+    "decode": "use tiling='auto' (or Tiling(mode='exact') with smaller tiles), a smaller height and width, or fewer num_frames",
 }
 
 
@@ -47,9 +47,8 @@ class _Request:
     settings: Settings
     plan: Plan
     media: tuple[Medium, ...]
-    tiling: Tiling | None  # of the encoder, which finds out itself what "auto" means for each medium
+    encode_tiling: Tiling | None
     decode_tiling: Tiling | None
-    overcompute: float  # of the decoder in tiles: its multiplications over those of a whole clip
     context: str | Tensor
     negative: str | Tensor | None  # None: no guidance
 
@@ -59,7 +58,8 @@ class Pipeline:
 
     Attributes: `dit`, `vae`, `text_encoder`; `defaults`, what None stands for in a call (and the model's fps); `spec`, its model.json;
     `files`, where it was loaded from (None: built by hand); `loras`, handles by path; `last_run`, what the last call did:
-    `seconds` per stage, `task`, `guidance_mode`, `tokens`, the settings, the decoder's `tiling` and its `overcompute`.
+    `seconds` per stage, `task`, `guidance_mode`, `tokens`, the settings, `encode_tiling`, the decoder's `tiling` and its `overcompute`
+    (multiplications in tiles over those of a whole clip).
     """
 
     def __init__(
@@ -168,7 +168,10 @@ class Pipeline:
             given, conditions, tiling, (prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds)
         )
         chosen = request.settings
-        self.last_run = {"task": request.plan.task, **asdict(chosen), "tiling": request.decode_tiling, "overcompute": request.overcompute, "seconds": {}}
+        size = (chosen.height // self.vae.config.spatial_factor, chosen.width // self.vae.config.spatial_factor)
+        tiles = {"encode_tiling": request.encode_tiling, "tiling": request.decode_tiling}
+        overcompute = round(self.vae.runner("decode").overcompute(size, request.decode_tiling), 3)
+        self.last_run = {"task": request.plan.task, **asdict(chosen), **tiles, "overcompute": overcompute, "seconds": {}}
         with self._stage("text"):
             context = self._context(request.context)
             negative = None if request.negative is None else self._context(request.negative)
@@ -198,8 +201,6 @@ class Pipeline:
         factor, scale, (_, ph, pw) = self.vae.config.temporal_factor, self.vae.config.spatial_factor, self.dit.config.patch_size
         settings = task.settings(given, self.defaults, (scale * ph, scale * pw), factor)
         tiles = self._tiling(tiling)
-        size = (1 + (settings.num_frames - 1) // factor, settings.height // scale, settings.width // scale)
-        decode_tiles = self.vae.resolve("decode", (1, self.vae.config.z_dim, *size), tiles)
         context = self._check_text("prompt", *positive)
         if context is None:
             raise ValueError("nothing says what to make: give prompt (it may be empty) or prompt_embeds")
@@ -216,19 +217,26 @@ class Pipeline:
             return opened[-1].frames
 
         plan = task.resolve(conditions, settings.num_frames, count_frames, factor)
-        overcompute = round(self.vae.runner("decode").overcompute(size[1:], decode_tiles), 3)
-        return _Request(settings, plan, tuple(opened), tiles, decode_tiles, overcompute, context, opposite)
+        height, width = settings.height, settings.width
+        encode_tiles = decode_tiles = None
+        if plan.frames_needed:
+            encode_tiles = self.vae.resolve("encode", (1, 3, max(plan.frames_needed), height, width), tiles)
+        if settings.output != "latents":
+            latents = (1, self.vae.config.z_dim, plan.latent_frames, height // scale, width // scale)
+            decode_tiles = self.vae.resolve("decode", latents, tiles, frames=True)
+        return _Request(settings, plan, tuple(opened), encode_tiles, decode_tiles, context, opposite)
 
     def _tiling(self, tiling: Tiling | str | None) -> Tiling | None:
-        if isinstance(tiling, Tiling) or tiling is None:
-            return tiling
-        if tiling != "auto":
+        """"auto" with the memory that the weights of all parts on the VAE's device leave."""
+        if isinstance(tiling, str) and tiling == "auto":
+            tiling = Tiling.auto()
+        if tiling is not None and not isinstance(tiling, Tiling):
             raise ValueError(f"tiling={tiling!r} is not available: use None (whole), 'auto', or Tiling(...)")
+        if tiling is None or tiling.mode != "auto" or tiling.memory is not None:
+            return tiling
         dits = (self.dit.high, self.dit.low) if isinstance(self.dit, sampler.ExpertPair) else (self.dit,)
-        text = getattr(self.text_encoder, "model", None)
-        modules = [m for m in (*dits, self.vae, text) if isinstance(m, torch.nn.Module)]
-        weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
-        return Tiling.auto(max(1, usable_memory(self.vae.device) - weights))
+        parts = [m for m in (*dits, self.vae, getattr(self.text_encoder, "model", None)) if isinstance(m, torch.nn.Module)]
+        return Tiling.auto(max(1, usable_memory(self.vae.device) - weight_bytes(self.vae.device, *parts)))
 
     def _check_text(self, name: str, text: str | None, embeds: Tensor | None) -> str | Tensor | None:
         if embeds is None:
@@ -261,7 +269,7 @@ class Pipeline:
             frames = request.media[medium].read(plan.frames_needed[medium])
             return conditioning.to_video(fit(frames, (settings.width, settings.height), settings.fit), self.device)
 
-        clean = conditioning.encode_conditions(plan, self.vae, video, request.tiling)
+        clean = conditioning.encode_conditions(plan, self.vae, video, request.encode_tiling)
         shape = (1, self.vae.config.z_dim, plan.latent_frames, settings.height // scale, settings.width // scale)
         noise = conditioning.initial_noise(settings.seed, shape)
         schedule = lift(sigma_grid(settings.steps, settings.shift), plan.multipliers, settings.compat)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from pusa_fast import Condition, DiTConfig, Pipeline, Tiling, VAEConfig, WanDiT, WanVAE
 from pusa_fast import pipeline as pipeline_module
 from pusa_fast.media import open_media
-from pusa_fast.model.vae_memory import peak_bytes
+from pusa_fast.model.vae_memory import peak_bytes, weight_bytes
 from pusa_fast.sampling.sampler import ExpertPair
 from pusa_fast.weights import checkpoint, keymap
 from pusa_fast.weights.pretrained import WAN_DEFAULTS, find_model
@@ -199,13 +199,14 @@ def test_tiling_reaches_both_ends_of_the_vae(pipe: Pipeline, monkeypatch: pytest
 
 def test_auto_tiling_counts_with_the_weights_of_all_parts(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole where the decoder's peak fits beside every part's weights; tiles below; an error before anything runs."""
-    weights = sum(p.numel() * p.element_size() for m in (pipe.dit, pipe.vae) for p in m.parameters())
     assert pipe.text_encoder is not None
-    weights += sum(p.numel() * p.element_size() for p in pipe.text_encoder.model.parameters())
+    parts = (pipe.dit, pipe.vae, pipe.text_encoder.model)
+    weights = weight_bytes(pipe.device, *parts)
+    assert all(weights > weight_bytes(pipe.device, *(m for m in parts if m is not left_out)) for left_out in parts)
     pipe("a", steps=1, height=64, width=96)
-    peak = peak_bytes(pipe.vae, "decode", tuple(pipe.last_run["shape"]))
+    peak = peak_bytes(pipe.vae, "decode", tuple(pipe.last_run["shape"]), frames=True)
     monkeypatch.setattr(pipeline_module, "usable_memory", lambda _: weights + peak)
-    whole = pipe("a", steps=1, height=64, width=96, tiling="auto")
+    whole = pipe("a", steps=1, height=64, width=96, tiling=Tiling.auto())
     assert pipe.last_run["tiling"] is None
     monkeypatch.setattr(pipeline_module, "usable_memory", lambda _: weights + peak - 1)
     tiled = pipe("a", steps=1, height=64, width=96, tiling="auto")
@@ -214,6 +215,9 @@ def test_auto_tiling_counts_with_the_weights_of_all_parts(pipe: Pipeline, monkey
     monkeypatch.setattr(pipeline_module, "usable_memory", lambda _: 0)
     with pytest.raises(ValueError, match="smaller height and width"):
         pipe("a", steps=1, height=64, width=96, tiling="auto")
+    pipe("a", steps=1, height=64, width=96, tiling="auto", output="latents")  # nothing is decoded
+    with pytest.raises(ValueError, match=r"to encode \(1, 3, 1, 64, 96\)"):
+        pipe("a", conditions=[Condition(picture())], steps=1, height=64, width=96, tiling="auto", output="latents")
 
 
 def test_callback_can_stop_the_run(pipe: Pipeline) -> None:

@@ -17,7 +17,7 @@ from pusa_fast.model import vae_stream
 from pusa_fast.model.vae_layers import Head, RMSNorm
 from pusa_fast.model.vae_stages import Stage
 from pusa_fast.sampling.conditioning import to_frames
-from pusa_fast.testing import relative_error
+from pusa_fast.testing import make_input, relative_error
 from pusa_fast.weights import load_vae
 
 GoldenLoader = Callable[[str], dict[str, Tensor]]
@@ -79,6 +79,22 @@ def test_a_piece_is_computed_when_it_is_asked_for(vae: WanVAE, golden: GoldenLoa
     assert len(done) == 2
 
 
+def test_callers_modes_do_not_matter(vae: WanVAE, golden: GoldenLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, and with pieces that are asked for inside and outside of inference mode."""
+    monkeypatch.setattr(Stage, "latents_per_piece", lambda *_: 1)
+    g = golden("vae")
+    whole = torch.cat(list(vae.decode_frames(g["f17.latent"])), dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vae.encode(g["f17.video"]), vae.encode(g["f17.video"]))
+        assert relative_error(vae.encode(g["f17.video"]), g["f17.latent"]) < 1e-5
+        assert relative_error(vae.decode(g["f17.latent"]), g["f17.decoded"]) < 1e-5
+    with torch.inference_mode():
+        pieces = vae.decode_frames(g["f17.latent"])
+        first = next(pieces)
+    assert torch.equal(torch.cat([first, *pieces], dim=1), whole)
+    assert torch.is_grad_enabled()
+
+
 def test_encoding_leaves_the_video_as_it_was(vae: WanVAE) -> None:
     video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
     before = video.clone()
@@ -115,12 +131,27 @@ def test_a_frame_does_not_see_the_future(vae: WanVAE) -> None:
     assert not torch.equal(vae.encode(clip)[:, :, 2:], vae.encode(changed)[:, :, 2:])
 
 
-def test_batch_items_are_independent(vae: WanVAE) -> None:
+@pytest.mark.parametrize("latents", [1, 4])
+@pytest.mark.parametrize("tiling", [None, Tiling(tile=(3, 3), mode="exact"), Tiling(tile=(3, 3), stride=(2, 2))], ids=lambda t: "whole" if t is None else t.mode)
+def test_batch_items_are_independent(vae: WanVAE, tiling: Tiling | None, latents: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stage, "latents_per_piece", lambda *_: latents)
     torch.manual_seed(0)
-    z = torch.randn(2, 16, 3, 2, 4)
-    both = vae.decode(z)
+    z, video = torch.randn(2, 16, 3, 4, 5), torch.rand(2, 3, 9, 32, 40) * 2 - 1
+    pixels, means = vae.decode(z, tiling), vae.encode(video, tiling)
     for i in range(2):
-        assert relative_error(both[i : i + 1], vae.decode(z[i : i + 1])) < 1e-5
+        assert relative_error(pixels[i : i + 1], vae.decode(z[i : i + 1], tiling)) < 1e-5
+        assert relative_error(means[i : i + 1], vae.encode(video[i : i + 1], tiling)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["feather", "exact"])
+def test_frames_of_tiles_are_truncated_or_rounded(vae: WanVAE, mode: str) -> None:
+    z, tiling = make_input(1, 16, 2, 5, 6), Tiling(tile=(4, 4), stride=(2, 2), mode=mode)
+    video = vae.decode(z, tiling)
+    for rounded in (False, True):
+        (frames,) = vae.decode_frames(z, tiling, rounded)
+        wanted = to_frames(video, "exact" if rounded else "reference")
+        assert (frames[0].int() - wanted.int()).abs().max() <= 1
+        assert (frames[0] == wanted).float().mean() > 0.99
 
 
 def test_whole_clip_training_path_equals_streaming_and_has_gradients(vae: WanVAE) -> None:

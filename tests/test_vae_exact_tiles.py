@@ -138,6 +138,10 @@ def test_stages_of_the_published_vae() -> None:
         ((4, 4), (8, 4), 96), ((4, 2), (4, 2), 192), ((2, 1), (2, 1), 384), ((1, 1), (1, 1), 384),
     ]  # fmt: skip
     assert full(3, 4) == ((0, 3), (0, 4))
+    # 480p in bf16: one latent frame of the last stage is 4 frames of 480x832x96, of the first 60x104x384.
+    sizes = [stage.latents_per_piece(full(60 * s, 104 * s), 2, 4 * 480 * 832 * 96 * 2) for stage, s in zip(decode.stages, (1, 1, 2, 4), strict=True)]
+    assert sizes == [64, 8, 2, 1]
+    assert decode.stages[-1].latents_per_piece(full(240, 416), 2, 1) == 1
     assert [s.halo for s in decode.stages[1:]] == [6, 6, 7]
 
 

@@ -133,6 +133,7 @@ def _record(job: Job, pipe: Pipeline, target: Target, hashes: dict[str, str], se
         "fps": job.fps,
         "tiling": job.tiling,
         "tiles": None if run.get("tiling") is None else list(run["tiling"].tile),  # null: the decoder ran whole
+        "encode_tiles": None if run.get("encode_tiling") is None else list(run["encode_tiling"].tile),
         "overcompute": run.get("overcompute"),
         "model": job.model,
         "lora": job.lora,  # null: the model's own

@@ -8,8 +8,10 @@ for float64 tiles. Compiled code (csrc/vae_tiling.hpp) serves where it can, plai
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -22,6 +24,7 @@ from pusa_fast.model.tiling import Tiling, tile_spans
 _NEEDED = ("gather_tiles", "blend_tiles", "finish_frames", "finish_tiles")
 _HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float32, *_HALVES)
+_KEPT_COVERAGE = 2.5  # times that tiles cover the clip, up to which keeping them takes about the memory of float32 sums
 _capsule: Callable[[Tensor], object] = torch.utils.dlpack.to_dlpack  # type: ignore[attr-defined]
 
 
@@ -58,7 +61,7 @@ class Backend:
     serves: Callable[[torch.device, torch.dtype], bool]
     gather: Callable[[Tensor, Tensor, Sequence[int], Sequence[int]], None]
     finish: Callable[[Tensor, Tensor, bool, bool], None]
-    accumulator: Callable[[torch.dtype], type[Accumulator]]
+    accumulator: Callable[[torch.dtype, float], type[Accumulator]]  # of tiles that cover the clip so many times
 
 
 # Plain torch
@@ -155,7 +158,7 @@ class _NativeSums:
 
 
 class _KeptTiles:
-    """The tiles themselves, blended in one pass at the end: of 16-bit tiles that takes the memory of sums, and less time."""
+    """The tiles themselves, blended in one pass at the end: less time, and of 16-bit tiles about the memory of sums."""
 
     def __init__(
         self, shape: Sequence[int], borders: tuple[int, int], device: torch.device, dtype: torch.dtype
@@ -174,8 +177,62 @@ class _KeptTiles:
         _native.finish_tiles(tiles, tops, lefts, *self.borders, _capsule(out), clamp, round, torch.get_num_threads())
 
 
+class _Sizes:
+    """On the meta device: the memory that compiled code takes on the CPU, to predict it."""
+
+    def __init__(
+        self, shape: Sequence[int], borders: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.sums = torch.empty(*shape, device=device, dtype=torch.promote_types(dtype, torch.float32))
+
+    def add(self, tiles: Tensor, tops: Sequence[int], lefts: Sequence[int]) -> None:
+        pass
+
+    def finish(self, out: Tensor, clamp: bool, round: bool) -> None:
+        pass
+
+
+class _KeptSizes(_Sizes):
+    def __init__(
+        self, shape: Sequence[int], borders: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.tiles: list[Tensor] = []
+
+    def add(self, tiles: Tensor, tops: Sequence[int], lefts: Sequence[int]) -> None:
+        self.tiles.append(tiles)
+
+
+@lru_cache
+def cuda_reason(index: int) -> str | None:
+    """Why the compiled CUDA code cannot run on this device, or None where it can: a driver or a GPU that its build does not know.
+
+    Tried once with a frame of one pixel; warns where it was built and fails.
+    """
+    if _native is None or not _native.cuda_built():
+        return "the compiled part holds no CUDA code: build it where there is nvcc"
+    pixel = torch.zeros(1, 1, 1, 1, device=torch.device("cuda", index))
+    level = torch.empty(pixel.shape, dtype=torch.uint8, device=pixel.device)
+    try:
+        _native_finish(pixel, level, True, False)
+        found = int(level)
+    except RuntimeError as error:
+        reason = str(error)
+    else:
+        if found == 127:
+            return None
+        reason = f"0.0 became level {found}, not 127"
+    warnings.warn(f"the compiled CUDA tiling does not work on cuda:{index} ({reason}): plain torch does its work", stacklevel=2)
+    return reason
+
+
 def _serves_cuda(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and dtype in _FLOATS and _native is not None and bool(_native.cuda_built())
+    if device.type != "cuda" or dtype not in _FLOATS:
+        return False
+    return cuda_reason(torch.cuda.current_device() if device.index is None else device.index) is None
+
+
+def _kept_or_sums(kept: type[Accumulator], sums: type[Accumulator]) -> Callable[[torch.dtype, float], type[Accumulator]]:
+    return lambda dtype, coverage: kept if dtype in _HALVES and coverage <= _KEPT_COVERAGE else sums
 
 
 # The first that serves is taken.
@@ -185,10 +242,13 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             lambda device, dtype: _native is not None and device.type == "cpu" and dtype in _FLOATS,
             _native_gather,
             _native_finish,
-            lambda dtype: _KeptTiles if dtype in _HALVES else _NativeSums,
+            _kept_or_sums(_KeptTiles, _NativeSums),
         ),
-        "native-cuda": Backend(_serves_cuda, _native_gather, _native_finish, lambda dtype: _NativeSums),
-        "torch": Backend(lambda device, dtype: True, _torch_gather, _torch_finish, lambda dtype: _TorchSums),
+        "meta": Backend(
+            lambda device, dtype: device.type == "meta", lambda *_: None, lambda *_: None, _kept_or_sums(_KeptSizes, _Sizes)
+        ),
+        "native-cuda": Backend(_serves_cuda, _native_gather, _native_finish, lambda dtype, coverage: _NativeSums),
+        "torch": Backend(lambda device, dtype: True, _torch_gather, _torch_finish, lambda dtype, coverage: _TorchSums),
     }
 )
 
@@ -246,7 +306,8 @@ def finish_frames(values: Tensor, round: bool, out: Tensor | None = None, backen
 class Blend:
     """A clip [T, H, W, C] that grows from tiles: each is multiplied by its mask, and the sum divided by that of the masks.
 
-    `borders`: length of the ramps (down, across), tile minus stride in the result's pixels; `dtype`: of the tiles.
+    `borders`: length of the ramps (down, across), tile minus stride in the result's pixels; `dtype`: of the tiles; `coverage`: how
+    many times the tiles will cover the clip, which decides what takes less memory, they or their sum.
     ValueError: sizes below one, or borders below nought.
     """
 
@@ -260,12 +321,13 @@ class Blend:
         device: torch.device,
         dtype: torch.dtype,
         backend: str | None = None,
+        coverage: float = 1.0,
     ) -> None:
         if min(frames, height, width, channels) < 1 or min(borders) < 0:
             raise ValueError(f"cannot blend tiles with borders {borders} into {frames}x{height}x{width}x{channels}")
         self.shape = (frames, height, width, channels)
         self.device, self.dtype = device, dtype
-        self._kept = chosen(device, dtype, backend).accumulator(dtype)(self.shape, borders, device, dtype)
+        self._kept = chosen(device, dtype, backend).accumulator(dtype, coverage)(self.shape, borders, device, dtype)
         self._covered = torch.zeros(height, width, dtype=torch.bool)
         self._places: set[tuple[int, int]] = set()
 
@@ -373,6 +435,7 @@ def _blend_clip(
     batch: int,
 ) -> Blend:
     frames, h, w, channels = shape
+    coverage = tiling.coverage(h, w)
     result: Blend | None = None
     for spans in _batches(h, w, tiling, batch):
         top, bottom, left, right = spans[0]
@@ -385,7 +448,8 @@ def _blend_clip(
         if done.shape != wanted:
             raise ValueError(f"a batch of tiles came back as {list(done.shape)}, not {list(wanted)}")
         if result is None:
-            result = Blend(frames, h * out_scale, w * out_scale, channels, borders, done.device, done.dtype)
+            pixels = h * out_scale, w * out_scale
+            result = Blend(frames, *pixels, channels, borders, done.device, done.dtype, coverage=coverage)
         result.add(done, [top * out_scale for top in tops], [left * out_scale for left in lefts])
     assert result is not None
     return result

@@ -46,6 +46,14 @@ class Tiling:
         if self.memory is not None and (self.mode != "auto" or self.memory < 1):
             raise ValueError(f"Tiling.memory={self.memory} must be a positive number of bytes, and goes with mode 'auto' only")
 
+    def coverage(self, height: int, width: int) -> float:
+        """Pixels of all feathered tiles over those of a picture."""
+        rows, columns = (
+            sum(stop - start for start, stop in tile_spans(*axis))
+            for axis in zip((height, width), self.tile, self.stride, strict=True)
+        )
+        return rows * columns / (height * width)
+
 
 def tile_spans(length: int, tile: int, stride: int) -> list[tuple[int, int]]:
     """(start, stop) of the tiles along one axis; the last one may be shorter, none lies wholly inside its predecessor."""

@@ -8,6 +8,7 @@ leave while later ones are still to come. Source: Wan2.1 wan/modules/vae.py; par
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from pusa_fast.ops.convolution import can_add
 # system anew each time; on a GPU it should be long enough to keep all processors busy at latent resolution.
 _CHUNK_BYTES_CPU = 32 << 20
 _CHUNK_SHARE_CUDA = 64
+_MOST_ELEMENTS = 1 << 30  # beyond 2^31 elements cuDNN falls back to slow code
 
 
 class WanVAE(nn.Module):
@@ -104,7 +106,7 @@ class WanVAE(nn.Module):
         def levels(piece: Tensor) -> Tensor:
             return torch.unflatten(finish_frames(piece.flatten(0, 1), rounded), 0, piece.shape[:2])
 
-        return self._decode(z, tiling, Finish(levels, lambda blended: blended.frames(rounded)))
+        return self._decode(z, tiling, Finish(levels, lambda blended: blended.frames(rounded)), frames=True)
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, not normalised, of a clip [B, 3, T, H, W] in one piece, with gradients."""
@@ -120,31 +122,47 @@ class WanVAE(nn.Module):
         """The "encode" or "decode" runner, as `vae_modes` runs it."""
         stages = encoder_stages(self.encoder) if kind == "encode" else decoder_stages(self.decoder)
         adds = can_add(self.device, self.dtype) if self.adds is None else self.adds
-        return Runner(stages, adds, self.dtype.itemsize, self.chunk_bytes or default_chunk_bytes(self.device))
+        chunk_bytes = min(self.chunk_bytes or default_chunk_bytes(self.device), _MOST_ELEMENTS * self.dtype.itemsize)
+        return Runner(stages, adds, self.dtype.itemsize, chunk_bytes)
 
-    def _decode(self, z: Tensor, tiling: Tiling | None, finish: Finish) -> Iterator[Tensor]:
+    def _decode(self, z: Tensor, tiling: Tiling | None, finish: Finish, frames: bool = False) -> Iterator[Tensor]:
         cfg = self.config
         if z.ndim != 5 or z.shape[1] != cfg.z_dim or not z.numel():
             raise ValueError(f"decode takes latents [B, {cfg.z_dim}, F, h, w], got {tuple(z.shape)}")
         clip = Clip(z.shape[2], (z.shape[3], z.shape[4]))
-        tiling = self.resolve("decode", tuple(z.shape), tiling)
-        with torch.no_grad():
+        tiling = self.resolve("decode", tuple(z.shape), tiling, frames)
+        with _alone(self.device):
             mean, std = self._statistics()
             x = pointwise(self.conv2, (z.to(self.device).permute(0, 2, 3, 4, 1) * std + mean).to(self.dtype))
         return self._run("decode", x, clip, tiling, finish)
 
-    @torch.no_grad()
     def _run(self, kind: str, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Finish) -> Iterator[Tensor]:
-        yield from MODES["whole" if tiling is None else tiling.mode](self.runner(kind), x, clip, tiling, finish)
+        pieces = MODES["whole" if tiling is None else tiling.mode](self.runner(kind), x, clip, tiling, finish)
+        while True:
+            with _alone(self.device):  # for each piece: between them the caller's modes are in force
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+            del piece
 
-    def resolve(self, kind: str, shape: tuple[int, ...], tiling: Tiling | None) -> Tiling | None:
+    def resolve(self, kind: str, shape: tuple[int, ...], tiling: Tiling | None, frames: bool = False) -> Tiling | None:
         """What `tiling` means to "encode" or "decode" a tensor of this shape: None (whole), or tiles. See `vae_memory.resolve`."""
-        return vae_memory.resolve(self, kind, shape, tiling)
+        return vae_memory.resolve(self, kind, shape, tiling, frames)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, [C] in float32: runner-precision latents are promoted by them."""
         mean, std = (torch.tensor(s, device=self.device, dtype=torch.float32) for s in (self.config.latents_mean, self.config.latents_std))
         return mean, std
+
+
+@contextmanager
+def _alone(device: torch.device) -> Iterator[None]:
+    """Without gradients, and whatever autocast or inference mode the caller is in: pieces pass from one of its contexts to another."""
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 def default_chunk_bytes(device: torch.device) -> int:

@@ -6,9 +6,11 @@ weight of the convolution under way (16 MB at most, in float32). cuDNN's workspa
 
 from __future__ import annotations
 
+import copy
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 # What of a device's memory to plan for: the rest is the driver's, the libraries' workspaces, and fragmentation.
 _USABLE = 0.8
 _SMALLEST_TILE = 4
+_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -83,7 +86,7 @@ def _peak(
     chunk_bytes: int,
     frames: bool,
 ) -> int:
-    twin = _twin(config, dtype)
+    twin = copy.copy(_twin(config, dtype))  # its settings are this call's own
     twin.chunk_bytes, twin.adds = chunk_bytes, adds
     x = torch.empty(shape, dtype=dtype, device="meta")
     call: Callable[[], Any] = {
@@ -98,42 +101,54 @@ def _peak(
     return tracker.peak
 
 
-def resolve(vae: WanVAE, kind: str, shape: tuple[int, ...], tiling: Tiling | None) -> Tiling | None:
+def resolve(vae: WanVAE, kind: str, shape: tuple[int, ...], tiling: Tiling | None, frames: bool = False) -> Tiling | None:
     """What `Tiling.auto()` stands for here: None (whole) where that fits, else the largest exact tiles that do.
 
-    A function of shape, settings and the device's total memory. Others are returned as they are. Raises ValueError where not even
-    the smallest tiles fit.
+    A function of shape, settings and the device's total memory. Others are returned as they are. `frames`: see `peak_bytes`.
+    Raises ValueError where not even the smallest tiles fit.
     """
     if tiling is None or tiling.mode != "auto":
         return tiling
-    weights = sum(p.numel() * p.element_size() for p in vae.parameters())
-    memory = tiling.memory if tiling.memory is not None else usable_memory(vae.device) - weights
+    memory = tiling.memory if tiling.memory is not None else usable_memory(vae.device) - weight_bytes(vae.device, vae)
     scale = 1 if kind == "decode" else vae.config.spatial_factor
-    least = 0
-    for choice in _choices(shape[-2] // scale, shape[-1] // scale):
-        least = peak_bytes(vae, kind, shape, choice)
-        if least <= memory:
-            return choice
-    raise ValueError(
-        f"to {kind} {tuple(shape)} takes {least / 2**30:.2f} GiB in the smallest tiles, and {max(memory, 0) / 2**30:.2f} GiB can be used: "
-        "take a smaller height and width, fewer frames, or a smaller dtype"
-    )
+
+    def fits(choice: Tiling | None) -> bool:
+        return peak_bytes(vae, kind, shape, choice, frames) <= memory
+
+    if fits(None):
+        return None
+    grids = _grids(shape[-2] // scale, shape[-1] // scale)
+    if not grids or not fits(grids[-1]):
+        least = peak_bytes(vae, kind, shape, grids[-1] if grids else None, frames)
+        raise ValueError(
+            f"to {kind} {tuple(shape)} takes {least / 2**30:.2f} GiB in the smallest tiles, and {max(memory, 0) / 2**30:.2f} GiB can be "
+            "used: take a smaller height and width, fewer frames, or a smaller dtype"
+        )
+    return grids[bisect_left(range(len(grids)), True, key=lambda i: fits(grids[i]))]
+
+
+def weight_bytes(device: torch.device, *modules: torch.nn.Module | None) -> int:
+    """Bytes of all parameters and buffers of modules that lie on a device, each memory once."""
+    tensors = (t for m in modules if m is not None for t in (*m.parameters(), *m.buffers()) if t.device == device)
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def usable_memory(device: torch.device) -> int:
     """Bytes of a device to plan with: a share of all that it has, never of what happens to be free."""
     if device.type == "cuda":
         return int(_USABLE * torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):
+        raise ValueError("this system does not say how much memory it has: give Tiling.auto(memory=BYTES)")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container's
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
+    for limit in _CONTAINER_LIMITS:
+        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+            total = min(total, int(text))
     return int(_USABLE * total)
 
 
-def _choices(height: int, width: int) -> Iterator[Tiling | None]:
-    """Whole, then finer and finer grids of equal exact tiles."""
-    yield None
+def _grids(height: int, width: int) -> list[Tiling]:
+    """Finer and finer grids of equal exact tiles."""
+    found: list[Tiling] = []
     rows = columns = 1
     while max(-(-height // rows), -(-width // columns)) > _SMALLEST_TILE:
         if -(-height // rows) > -(-width // columns):
@@ -141,7 +156,8 @@ def _choices(height: int, width: int) -> Iterator[Tiling | None]:
         else:
             columns += 1
         tile = -(-height // rows), -(-width // columns)
-        yield Tiling(tile, tile, "exact")
+        found.append(Tiling(tile, tile, "exact"))
+    return found
 
 
 @lru_cache(maxsize=8)

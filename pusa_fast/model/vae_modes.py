@@ -9,7 +9,7 @@ Clips are [B, T, H, W, C]. What comes out are pieces [B, t, H', W', C'] in order
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,10 +88,7 @@ class Runner:
         if tiling.mode == "exact":
             boxes = exact_boxes(size, tiling, self.outer[-1].scale[1])
             return overcompute(self.outer, boxes, size, self.inner)
-        rows, columns = (
-            sum(stop - start for start, stop in tile_spans(*axis)) for axis in zip(size, tiling.tile, tiling.stride, strict=True)
-        )
-        return rows * columns / (size[0] * size[1])
+        return tiling.coverage(*size)
 
     def frames(self, stages: Sequence[Stage], clip: Clip) -> int:
         """Frames that come out of the last of `stages`."""
@@ -131,7 +128,10 @@ def _in_boxes(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling, finish: Cal
     """The outer stages, box by box: each with pieces and a memory of its own."""
     scale = runner.outer[-1].scale[1]
     out: Tensor | None = None
-    for box in exact_boxes(clip.size, tiling, scale):
+    boxes: Iterable[Box] = exact_boxes(clip.size, tiling, scale)
+    if x.is_meta:  # all take alike: the largest stands for them, a second time beside the result
+        boxes = 2 * [max(boxes, key=lambda box: _area(trace(runner.outer, box, clip.size).sources[0]))]
+    for box in boxes:
         start = 0
         for piece in runner.run(runner.outer, x, clip, box):
             part = finish(piece)
@@ -142,6 +142,11 @@ def _in_boxes(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling, finish: Cal
             start += part.shape[1]
     assert out is not None
     return out
+
+
+def _area(box: Box) -> int:
+    (top, bottom), (left, right) = box
+    return (bottom - top) * (right - left)
 
 
 def exact_boxes(size: tuple[int, int], tiling: Tiling, scale: int) -> Iterator[Box]:
@@ -162,8 +167,12 @@ def _feather(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finis
 
     pixels = tiling.tile[0] * tiling.tile[1]
     batch = max(1, _BATCH_LATENT_PIXELS // pixels)
-    blends = blend(x, run, frames, tiling, in_scale=first, out_scale=last, channels=runner.channels, batch=batch)
-    yield torch.stack([finish.blend(blended) for blended in blends]) if len(blends) > 1 else finish.blend(blends[0])[None]
+
+    def blended(clip: Tensor) -> Tensor:
+        (result,) = blend(clip, run, frames, tiling, in_scale=first, out_scale=last, channels=runner.channels, batch=batch)
+        return finish.blend(result)[None]
+
+    yield torch.cat([blended(clip) for clip in torch.split(x, 1)]) if len(x) > 1 else blended(x)
 
 
 MODES: dict[str, Callable[[Runner, Tensor, Clip, Tiling | None, Finish], Pieces]] = {

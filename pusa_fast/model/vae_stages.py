@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from pusa_fast.model.vae_layers import (
@@ -53,7 +54,7 @@ class Stage:
             return max(0, (start - 1) // 2), min(size, stop // 2 + 1)
         if self.scale[0] > self.scale[1]:  # row p reads rows 2p .. 2p + 2; an even start keeps the pairs as they are
             start, stop = 2 * start - self.halo, 2 * stop + 1 + self.halo
-            return max(0, start - start % 2), min(size, stop + stop % 2)
+            return max(0, start - start % 2), min(size, stop)
         return max(0, start - self.halo), min(size, stop + self.halo)
 
     def result(self, source: Span) -> Span:
@@ -178,11 +179,14 @@ def _through(
 ) -> Iterator[Tensor]:
     done = 0
     for piece in pieces:
-        start = 0
-        for count in _share(piece.shape[1], stage.rate[0], done == 0, limit):
-            frames = count * stage.rate[0] - (stage.rate[0] - 1 if done == 0 else 0)
-            value = Sum(piece[:, start : start + frames])
-            start, done = start + frames, done + count
+        counts = list(_share(piece.shape[1], stage.rate[0], done == 0, limit))
+        frames = [count * stage.rate[0] for count in counts]
+        frames[0] -= stage.rate[0] - 1 if done == 0 else 0
+        parts = list(torch.split(piece, frames, dim=1))
+        del piece  # nothing but its parts, and none of those that are done, is held while layers run
+        for count in counts:
+            value = Sum(parts.pop(0))
+            done += count
             stream.last = done == latents
             for layer in stage.layers:
                 value = run(layer, value, stream)

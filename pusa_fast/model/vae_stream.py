@@ -1,4 +1,4 @@
-"""Inference through the layers of the VAE: a clip passes in pieces, stage by stage, and nothing is padded or joined by a copy.
+"""Inference through the layers of the VAE: a clip passes in pieces, and its 3x3x3 convolutions pad and join nothing by a copy.
 
 A causal convolution reads a *window*, [B, past + T, H, W, C]: the last frames of the piece before, then this piece, which
 the kernel that makes it (norm, SiLU, and the sums before them) writes in place. The windows of all layers share one buffer,
