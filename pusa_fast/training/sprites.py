@@ -1,4 +1,4 @@
-"""Procedural clips: one coloured shape moving on a plain background, with a caption, and an oracle that measures them.
+"""Procedural clips: one coloured shape moving on a plain background (or before a given picture), with a caption, and an oracle that measures them.
 
 Everything is drawn from a small grammar with a seeded generator, so the data is unlimited and a result can be scored
 exactly: colour and shape by segmentation, motion by the track of the centroid. Frames are uint8 [T, H, W, 3].
@@ -19,7 +19,7 @@ COLORS = {
 BACKGROUNDS = {"black": (18, 18, 20), "gray": (118, 118, 118), "white": (236, 236, 232), "brown": (96, 66, 44)}
 DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "down": (0.0, 1.0), "up": (0.0, -1.0)}
 SPEEDS = {"slowly": 1.0, "quickly": 2.0}  # pixels per frame
-SIZES = {"small": 6.5, "large": 10.0}  # radius of the circle of equal area, pixels
+SIZES = {"small": 7.5, "large": 10.5}  # radius of the circle of equal area, pixels
 # Reach of each shape from its centroid in radii: sideways, up, down.
 SHAPES = {
     "circle": (1.0, 1.0, 1.0), "square": (0.886, 0.886, 0.886),
@@ -74,9 +74,9 @@ def draw_scene(generator: torch.Generator, held_out: bool | None = False, frames
     return Scene(shape, color, big, direction, speed, background, x, y, (tint[0], tint[1], tint[2]), tilt)
 
 
-def caption(scene: Scene, generator: torch.Generator | None = None) -> str:
-    """A caption; with a generator the wording varies and size, speed or background may go unsaid."""
-    size, speed, place = f"{scene.size} ", f" {scene.speed}", f" on a {scene.background} background"
+def caption(scene: Scene, generator: torch.Generator | None = None, background: str | None = None) -> str:
+    """A caption; with a generator the wording varies and size, speed or background may go unsaid. `background`: another name for it."""
+    size, speed, place = f"{scene.size} ", f" {scene.speed}", f" on a {background or scene.background} background"
     verb, way = "moves", scene.direction
     if generator is not None:
         verb = ("moves", "moves", "slides", "is moving")[_below(4, generator)]
@@ -86,8 +86,10 @@ def caption(scene: Scene, generator: torch.Generator | None = None) -> str:
     return f"a {size}{scene.color} {scene.shape} {verb} {way}{speed}{place}"
 
 
-def render(scenes: Sequence[Scene], frames: int = FRAMES, size: int = SIZE) -> Tensor:
-    """uint8 [N, frames, size, size, 3], anti-aliased."""
+def render(
+    scenes: Sequence[Scene], frames: int = FRAMES, size: int = SIZE, backdrops: Mapping[int, Tensor] | None = None
+) -> Tensor:
+    """uint8 [N, frames, size, size, 3], anti-aliased. `backdrops`: pictures [size, size, 3] in 0..255 behind the scenes so numbered."""
     centers = torch.stack([s.centers(frames) for s in scenes])  # [N, T, 2]
     radius = torch.tensor([SIZES[s.size] for s in scenes])[:, None, None, None]
     axis = torch.arange(size) + 0.5
@@ -100,7 +102,10 @@ def render(scenes: Sequence[Scene], frames: int = FRAMES, size: int = SIZE) -> T
             inside[rows] = _signed_distance(name, dx[rows], dy[rows], radius[rows])
     alpha = (inside + 0.5).clamp(0, 1)[..., None]
     color = torch.tensor([COLORS[s.color] for s in scenes], dtype=torch.float32)[:, None, None, None]
-    clip = alpha * color + (1 - alpha) * _background(scenes, size)[:, None]
+    background = _background(scenes, size)
+    for index, picture in (backdrops or {}).items():
+        background[index] = picture
+    clip = alpha * color + (1 - alpha) * background[:, None]
     return clip.round().clamp(0, 255).to(torch.uint8)
 
 
