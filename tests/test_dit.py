@@ -187,7 +187,7 @@ def test_bf16_weights_take_and_return_the_latents_dtype() -> None:
     assert out.dtype == torch.float32 and relative_error(out, exact) < 5e-2
     state = dit.prepare(inputs[1].unsqueeze(0), inputs[2])
     assert state.t_mod_R6D.dtype == state.t_emb_RD.dtype == torch.float32
-    assert state.cross_kv[0][0].dtype == torch.bfloat16
+    assert state.cross[0][0].dtype == torch.bfloat16
 
 
 def test_autocast_trains_with_the_time_path_in_float32() -> None:
@@ -201,7 +201,7 @@ def test_autocast_trains_with_the_time_path_in_float32() -> None:
         state = dit.prepare(timestep.unsqueeze(0), context)
         out = dit(x, timestep, context)
     assert torch.equal(state.t_mod_R6D, dit.prepare(timestep.unsqueeze(0), context).t_mod_R6D)
-    assert out.dtype == torch.float32 and state.cross_kv[0][0].dtype == torch.bfloat16
+    assert out.dtype == torch.float32 and state.cross[0][0].dtype == torch.bfloat16
     out.square().mean().backward()
     for name, parameter in dit.named_parameters():
         assert parameter.grad is not None and parameter.grad.dtype == torch.float32

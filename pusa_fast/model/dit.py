@@ -6,7 +6,8 @@ timesteps, 6 = (shift, scale, gate) of self-attention, then of the feed-forward.
 
 A frame's modulation stays one row [.., F, .., D]: kernels find a token's row by index and add the block's own row to it.
 In inference the residual travels with its last update still `Pending`, so that the next norm adds it in the same pass over
-memory. Under autograd a block ends with it added: what activation checkpointing saves is one tensor.
+memory. Under autograd a block ends with it added: what activation checkpointing saves is one tensor. Keys and values of the
+context, prepared ahead in inference, are then made in the block, which is what FSDP gathers weights for.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pusa_fast.model.rope import RopeCache
 
 Grid = tuple[int, int, int]
 Rope = tuple[Tensor, Tensor]
+Cross = tuple[Tensor, Tensor] | Tensor  # keys and values [B, T, H, K], or the context [B, T, D] they are made from
 
 
 class Pending(NamedTuple):
@@ -44,7 +46,7 @@ class DiTState:
     t_emb_RD: Tensor
     t_mod_R6D: Tensor
     rows_SBF: Tensor
-    cross_kv: tuple[tuple[Tensor, Tensor], ...]  # per block: k, v [B, T, H, K]
+    cross: tuple[Cross, ...]  # per block
     weights_version: int
 
 
@@ -86,9 +88,10 @@ class CrossAttention(nn.Module):
         k = ops.rms_norm(k, self.norm_k.weight, self.eps)
         return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
-    def forward(self, x_BLD: Tensor, kv: tuple[Tensor, Tensor], backend: str) -> Tensor:
+    def forward(self, x_BLD: Tensor, cross: Cross, backend: str) -> Tensor:
+        k, v = cross if isinstance(cross, tuple) else self.prepare(cross)
         q = split_heads(ops.rms_norm(self.q(x_BLD), self.norm_q.weight, self.eps), self.num_heads)
-        y: Tensor = self.o(attention(q, *kv, backend).flatten(2))
+        y: Tensor = self.o(attention(q, k, v, backend).flatten(2))
         return y
 
 
@@ -117,6 +120,8 @@ class FeedForward(nn.Sequential):
 
 
 class Block(nn.Module):
+    """One layer. `checkpoint`, where set, runs `compute` under autograd: it decides what the backward pass finds saved."""
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.eps = config.eps
@@ -126,13 +131,20 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(config)
         self.ffn: nn.Sequential = FeedForward(config)
         self.residual_norm: Callable[..., tuple[Tensor, Any]] = ops.residual_norm  # or one that quantises
+        self.checkpoint: Callable[..., tuple[Tensor, Pending]] | None = None
 
-    def forward(
+    def forward(self, *inputs: Any) -> tuple[Tensor, Pending]:
+        """`compute`, under `checkpoint` where that is set and autograd records."""
+        if self.checkpoint is None or not torch.is_grad_enabled():
+            return self.compute(*inputs)
+        return self.checkpoint(self.compute, *inputs)
+
+    def compute(
         self,
         x_BLD: Tensor,
         pending: Pending,
         t_mod_BF6D: Tensor,
-        cross_kv: tuple[Tensor, Tensor],
+        cross: Cross,
         rope: Rope,
         grid: Grid,
         backend: str = "auto",
@@ -151,7 +163,7 @@ class Block(nn.Module):
         y = self.self_attn(n, rope, grid, backend)
         affine = {"weight": self.norm3.weight, "bias": self.norm3.bias}
         x, n = self.residual_norm(x, y, frame[2], gate_base=own[2], **affine, eps=self.eps)
-        y = self.cross_attn(n, cross_kv, backend)
+        y = self.cross_attn(n, cross, backend)
         x, n = self.residual_norm(x, y, **_modulated(frame[3:5], own[3:5]), eps=self.eps)
         y = self.ffn(n)
         if closed:
@@ -240,8 +252,9 @@ class WanDiT(nn.Module):
         timesteps_SBF = timesteps if timesteps.ndim == 3 else timesteps.unsqueeze(1).expand(-1, B, -1)
         t_emb_RD, t_mod_R6D, rows_SBF = self._time_tables(timesteps_SBF.to(self.device, torch.float32))
         context_BTD = self.text_embedding(contexts_BTE.to(self.device, self.dtype))
-        cross_kv = tuple(module.prepare(context_BTD) for module in self.modules() if isinstance(module, CrossAttention))
-        return DiTState(t_emb_RD, t_mod_R6D, rows_SBF, cross_kv, self.weights_version)
+        layers = [module for module in self.modules() if isinstance(module, CrossAttention)]
+        cross = tuple(context_BTD if torch.is_grad_enabled() else layer.prepare(context_BTD) for layer in layers)
+        return DiTState(t_emb_RD, t_mod_R6D, rows_SBF, cross, self.weights_version)
 
     def denoise(self, x_BCFhw: Tensor, step: int, state: DiTState) -> Tensor:
         """Velocity at step `step` of a prepared run, in x's shape (out_channels for C) and dtype.
@@ -264,9 +277,9 @@ class WanDiT(nn.Module):
         rope, recording = self._rope(grid, x_BCFhw.device), torch.is_grad_enabled()
         # Under autocast the products run in bf16 while the residual stream stays in the weights' dtype.
         x_BLD, pending = self._patchify(x_BCFhw.to(self.dtype)).to(self.dtype), Pending()
-        for block, cross_kv in zip(self.blocks, state.cross_kv, strict=True):
+        for block, cross in zip(self.blocks, state.cross, strict=True):
             # Decided here, once: a checkpoint runs the block again in another gradient mode.
-            x_BLD, pending = block(x_BLD, pending, t_mod_BF6D, cross_kv, rope, grid, self.attention_backend, recording)
+            x_BLD, pending = block(x_BLD, pending, t_mod_BF6D, cross, rope, grid, self.attention_backend, recording)
         return self._unpatchify(self.head(x_BLD, pending, t_emb_BFD), grid).to(x_BCFhw.dtype)
 
     def _grid(self, x_BCFhw: Tensor) -> Grid:

@@ -7,12 +7,13 @@ y[rows] += scale * (x A^T) B^T with A [r, in], B [out, r], scale = alpha / r.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from pusa_fast import ops
 from pusa_fast.model.dit import WanDiT
 
 # Official name in a block -> (module that holds it, which of that module's equal shares of rows: (index, shares)).
@@ -33,20 +34,23 @@ _EMBEDDINGS = ("text_embedding.0", "text_embedding.2", "time_embedding.0", "time
 LORA_TARGETS = tuple(_BLOCK_LAYERS)  # what Pusa trains (spec 4.1)
 
 
-class LoRAAdapter(nn.Module):
-    """A low-rank update of `rows` of a linear layer. B starts at zero: an untrained adapter changes nothing."""
+# How A starts (B at zero): an untrained adapter changes nothing. As PEFT's `init_lora_weights`, of which Pusa takes the first.
+LORA_INITS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "kaiming": lambda A: nn.init.kaiming_uniform_(A, a=math.sqrt(5)),
+    "gaussian": lambda A: nn.init.normal_(A, std=1 / len(A)),
+}
 
-    def __init__(self, base: nn.Linear, rows: slice, rank: int, alpha: float) -> None:
+
+class LoRAAdapter(nn.Module):
+    """A low-rank update of `rows` of a linear layer's output: float32 matrices, which its `AdaptedLinear` multiplies with."""
+
+    def __init__(self, base: nn.Linear, rows: slice, rank: int, alpha: float, init: str) -> None:
         super().__init__()
         self.rows, self.scale = rows, alpha / rank
         device, out_features = base.weight.device, rows.stop - rows.start
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = nnf.linear(x, self.lora_A.to(x.dtype))
-        return self.scale * nnf.linear(hidden, self.lora_B.to(hidden.dtype))
+        LORA_INITS[init](self.lora_A)
 
 
 class AdaptedLinear(nn.Linear):
@@ -58,11 +62,61 @@ class AdaptedLinear(nn.Linear):
         self.adapters = nn.ModuleDict()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        for adapter in self.adapters.values():
-            assert isinstance(adapter, LoRAAdapter)
-            y[..., adapter.rows] += adapter(x)
-        return y
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        adapters = [adapter for adapter in self.adapters.values() if isinstance(adapter, LoRAAdapter)]
+        layout = [(adapter.rows, adapter.scale) for adapter in adapters]
+        matrices = [m for adapter in adapters for m in (adapter.lora_A, adapter.lora_B)]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        out: Tensor = _LowRankUpdates.apply(x, self.weight.to(x.dtype), bias, layout, *matrices)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _LowRankUpdates(torch.autograd.Function):
+    """y = x W^T + b ; y[rows_i] += scale_i * (x A_i^T) B_i^T. x [..., I]; matrices A_1 [r_1, I], B_1 [rows_1, r_1], A_2 ...
+
+    The first products of all adapters are one, updates are added by the second products themselves, and the backward pass
+    makes one gradient of x; composed from torch's operators, each adapter would copy the packed gradient once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[tuple[slice, float]], *matrices: Tensor
+    ) -> Tensor:
+        A, Bs = _cast(matrices, x.dtype)
+        rows_x = x.reshape(-1, x.shape[-1])
+        hidden = rows_x @ A.t()
+        out = ops.linear(rows_x, weight, bias)
+        for (rows, scale), B, part in zip(layout, Bs, torch.split(hidden, [B.shape[1] for B in Bs], 1), strict=True):
+            out[:, rows].addmm_(part, B.t(), alpha=scale)
+        ctx.layout, ctx.x_shape = layout, x.shape
+        ctx.save_for_backward(rows_x, weight, hidden, *matrices)
+        return out.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        x, weight, hidden, *matrices = ctx.saved_tensors
+        A, Bs = _cast(matrices, x.dtype)
+        ranks = [B.shape[1] for B in Bs]
+        dy = dout.reshape(-1, dout.shape[-1])
+        dhidden = torch.empty_like(hidden)
+        dBs = []
+        for (rows, scale), B, part, into in zip(ctx.layout, Bs, torch.split(hidden, ranks, 1), torch.split(dhidden, ranks, 1), strict=True):
+            into.copy_(dy[:, rows] @ B).mul_(scale)
+            dBs.append((dy[:, rows].t() @ part).mul_(scale))
+        dA = dhidden.t() @ x
+        dx = torch.addmm(dy @ weight, dhidden, A).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+        dweight = dy.t() @ x if ctx.needs_input_grad[1] else None
+        dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
+        pairs = zip(torch.split(dA, ranks), dBs, strict=True)
+        return dx, dweight, dbias, None, *(m for pair in pairs for m in pair)
+
+
+def _cast(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """All A in one [sum of ranks, I], and the B, in the dtype of the products."""
+    return torch.cat([A.to(dtype) for A in matrices[::2]]), [B.to(dtype) for B in matrices[1::2]]
 
 
 def projections(dit: WanDiT) -> dict[str, tuple[nn.Linear, slice]]:
@@ -96,16 +150,18 @@ def _locate(dit: WanDiT, path: str, share: tuple[int, int]) -> tuple[nn.Linear, 
 
 
 def add_lora(
-    dit: WanDiT, rank: int, alpha: float | None = None, targets: Sequence[str] = LORA_TARGETS
+    dit: WanDiT, rank: int, alpha: float | None = None, targets: Sequence[str] = LORA_TARGETS, init: str = "kaiming"
 ) -> list[nn.Parameter]:
     """Freeze the base and attach trainable adapters (float32, scale alpha / rank; alpha None: 1). Returns their parameters.
 
-    `targets` are official projection names or their endings ("q" takes every `.q`). Raises ValueError for a rank below 1,
-    a target that matches nothing (the time embedding counts as nothing: it does not run through its layers' forward),
+    `targets` are official projection names or their endings ("q" takes every `.q`). `init`: of A, a name of `LORA_INITS`;
+    drawn from torch's global generator. Raises ValueError for an unknown one, a rank below 1, a target that matches nothing (the time embedding counts as nothing: it does not run through its layers' forward),
     and for a model that has adapters already.
     """
     if rank < 1:
         raise ValueError(f"LoRA rank must be at least 1, got {rank}")
+    if init not in LORA_INITS:
+        raise ValueError(f"LoRA init {init!r} is unknown: choose one of {', '.join(LORA_INITS)}")
     if dit.precision is not None:
         raise ValueError(f"this model is quantised to {dit.precision}, for inference only: load it without precision to train")
     if next(_adapters(dit), None):
@@ -122,7 +178,9 @@ def add_lora(
         if not isinstance(module, AdaptedLinear):
             module = AdaptedLinear(module)
             dit.set_submodule(path, module)
-        module.adapters[name.replace(".", "-")] = LoRAAdapter(module, rows, rank, rank if alpha is None else alpha)
+        module.adapters[name.replace(".", "-")] = LoRAAdapter(
+            module, rows, rank, rank if alpha is None else alpha, init
+        )
     dit.weights_version += 1
     return [parameter for _, adapter in _adapters(dit) for parameter in (adapter.lora_A, adapter.lora_B)]
 
