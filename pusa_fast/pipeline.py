@@ -121,7 +121,7 @@ class Pipeline:
         dit = load_dit(files.dit, device=where, dtype=kind)
         dit.attention_backend = attention
         vae = load_vae(files.vae, device=where, dtype=kind if where.type == "cuda" else torch.float32)
-        pipe = cls(dit.eval(), vae.eval(), _load_text(files, where, kind), defaults=files.defaults)
+        pipe = cls(dit.eval(), vae.eval(), load_text(files, where, kind), defaults=files.defaults)
         pipe.files, pipe.spec = files, files.spec
         pipe.loras = {
             path: apply_lora(dit, path, strength=strength, keep_base=precision is None) for path, strength in wanted.items()
@@ -304,7 +304,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     return where
 
 
-def _load_text(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+def load_text(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     if files.text_encoder.is_dir():
         return TextEncoder.from_directory(files.text_encoder, files.tokenizer, device, dtype, files.text_len)
     from pusa_fast.weights import load_text_encoder_state

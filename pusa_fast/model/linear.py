@@ -164,7 +164,7 @@ def add_lora(
         raise ValueError(f"LoRA init {init!r} is unknown: choose one of {', '.join(LORA_INITS)}")
     if dit.precision is not None:
         raise ValueError(f"this model is quantised to {dit.precision}, for inference only: load it without precision to train")
-    if next(_adapters(dit), None):
+    if next(adapters(dit), None):
         raise ValueError("this model already has LoRA adapters: train those, or load the base again")
     paths = {name: at for name, at in _layer_paths(len(dit.blocks)).items() if not name.startswith("time_")}
     for target in targets:
@@ -182,7 +182,7 @@ def add_lora(
             module, rows, rank, rank if alpha is None else alpha, init
         )
     dit.weights_version += 1
-    return [parameter for _, adapter in _adapters(dit) for parameter in (adapter.lora_A, adapter.lora_B)]
+    return [parameter for _, adapter in adapters(dit) for parameter in (adapter.lora_A, adapter.lora_B)]
 
 
 def lora_state_dict(dit: WanDiT) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ def lora_state_dict(dit: WanDiT) -> dict[str, Tensor]:
     """
     found = {
         f"{name}.{matrix}.default.weight": getattr(adapter, matrix).detach()
-        for name, adapter in _adapters(dit)
+        for name, adapter in adapters(dit)
         for matrix in ("lora_A", "lora_B")
     }
     if not found:
@@ -205,7 +205,8 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _adapters(dit: WanDiT) -> Iterator[tuple[str, LoRAAdapter]]:
+def adapters(dit: WanDiT) -> Iterator[tuple[str, LoRAAdapter]]:
+    """Official projection name and adapter, in the order of the layers."""
     for module in dit.modules():
         if isinstance(module, AdaptedLinear):
             for key, adapter in module.adapters.items():

@@ -1,0 +1,216 @@
+"""The settings of a training run: YAML or keyword arguments in, checked values out, saved with the run.
+
+Defaults are Pusa's published recipe (spec section 5.3): rank 512 on q, k, v, o and the feed-forward, AdamW at 1e-5, every
+frame at a level of its own, 900 steps of 8 clips.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pusa_fast.model.linear import LORA_INITS, LORA_TARGETS
+from pusa_fast.training.ptss import TimestepSampling
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Data(_Part):
+    """`path`: a folder of `pusa-fast prepare`. The last `validation_clips` of it are never trained on."""
+
+    path: Path
+    caption_dropout: Share = 0.0
+    validation_clips: Count = 0
+
+
+class LoRA(_Part):
+    """`alpha` None: the rank, scale 1. `start`: a LoRA file of the same rank and targets to go on from."""
+
+    rank: Positive = 512
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    targets: tuple[str, ...] = LORA_TARGETS
+    init: Literal[tuple(LORA_INITS)] = "kaiming"  # type: ignore[valid-type]
+    start: Path | None = None
+
+
+class Objective(_Part):
+    """Noise levels (paper section 3.2, `training.ptss`) and the loss's weighting (`training.fafm.WEIGHTINGS`)."""
+
+    p_async: Annotated[float, Field(ge=0, le=1)] = 1.0
+    first_frame_clean: bool = False
+    levels: Literal["reference", "continuous"] = "reference"
+    shift: Annotated[float, Field(gt=0)] | None = None  # None: the model's own
+    weighting: Literal["reference", "per_frame", "uniform"] = "reference"
+
+
+class Optim(_Part):
+    """`warmup_steps` from 0 to `lr`, then constant, or half a cosine down to `final_lr` x lr. `muon`: see `training.optim`."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    muon_lr: Annotated[float, Field(gt=0)] | None = None
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Count = 0
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    ema_decay: Share | None = None
+
+
+class Memory(_Part):
+    """What a block's backward pass finds saved. "attention": its input and the results of attention; "block": its input alone,
+    so that attention runs twice; "none": everything. `offload`: inputs wait in host memory."""
+
+    checkpointing: Literal["none", "block", "attention"] = "attention"
+    offload: bool = False
+
+
+class Checkpoints(_Part):
+    """Every `every` steps (0: at the end only); the last `keep` stay, and the best by validation loss."""
+
+    every: Count = 100
+    keep: Positive = 3
+
+
+class Sample(_Part):
+    """A clip to make at validation: a prompt, and a picture to start from."""
+
+    prompt: str
+    image: Path | None = None
+    seed: Count = 0
+
+
+class Validation(_Part):
+    """Every `every` steps (0: never): the loss on held-out clips at fixed levels and noise, and `samples` as clips and a sheet."""
+
+    every: Count = 0
+    samples: tuple[Sample, ...] = ()
+    steps: Positive | None = None
+    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+
+
+class Logging(_Part):
+    """metrics.jsonl has every step; a line on the terminal every `every`. `wandb`: a project's name."""
+
+    every: Positive = 10
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+class TrainConfig(_Part):
+    """One run. `out`: its folder; `steps`: optimiser steps; `batch_size`: clips a step, over all processes and `accumulate` parts.
+
+    `model`: "nano" or a model's folder. `lora` None: full fine-tuning, with float32 masters. `dtype` of the frozen base, or of
+    the products in full fine-tuning (None: bfloat16 on a GPU, float32 on the CPU).
+    """
+
+    data: Data
+    out: Path
+    model: str = "nano"
+    steps: Positive = 900
+    batch_size: Positive = 8
+    accumulate: Positive = 1
+    seed: Count = 0
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    attention: str = "auto"
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    lora: LoRA | None = LoRA()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    memory: Memory = Memory()
+    checkpoints: Checkpoints = Checkpoints()
+    validation: Validation = Validation()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}: change one of them")
+        if self.optim.schedule == "cosine" and self.optim.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.optim.warmup_steps} leaves nothing of {self.steps} steps: lower it")
+        if self.optim.name == "muon" and self.lora is not None:
+            raise ValueError("optim.name muon is for full fine-tuning: use adamw with a LoRA, or lora: null")
+        return self
+
+    def sampling(self, shift: float) -> TimestepSampling:
+        """How levels are drawn; `shift` where the objective names none."""
+        chosen = self.objective
+        return TimestepSampling(chosen.p_async, chosen.first_frame_clean, chosen.levels, chosen.shift or shift)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint depends on: settings that may not change between its steps and those after it."""
+        free = {"out", "device", "attention", "parallel", "memory", "checkpoints", "validation", "logging", "accumulate"}
+        if self.optim.schedule == "constant":
+            free.add("steps")
+        return self.model_dump(mode="json", exclude=free)
+
+
+def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A YAML file, then `a.b=value` overrides (values in YAML), the last one winning. Paths are relative to where one stands.
+
+    Raises FileNotFoundError; ValueError that names every setting that is wrong.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        with open(path, encoding="utf-8") as file:
+            values = _mapping(file.read(), str(path))
+    for override in overrides:
+        _set(values, override)
+    return parse_config(values, "the settings" if path is None else str(path))
+
+
+def parse_config(values: Mapping[str, Any], label: str = "the settings") -> TrainConfig:
+    """`TrainConfig` from plain values. Raises ValueError that names every setting that is wrong."""
+    try:
+        return TrainConfig(**values)
+    except ValidationError as error:
+        wrong = [
+            f"{'.'.join(str(part) for part in e['loc']) or 'settings'}: {e['msg'].removeprefix('Value error, ')}"
+            + (f" (got {e['input']!r})" if e["type"] != "missing" and e["loc"] else "")
+            for e in error.errors()
+        ]
+        raise ValueError(f"{label}: {'; '.join(wrong)}") from None
+
+
+def dump_config(config: TrainConfig) -> str:
+    """YAML that `load_config` reads back."""
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _mapping(text: str, label: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{label} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{label} holds a {type(found).__name__}: it must map settings to values")
+    return found
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ValueError(f"--set {override} is no setting: write such as optim.lr=1e-5")
+    *parents, last = name.split(".")
+    for parent in parents:
+        inner = values.get(parent)
+        values[parent] = dict(inner) if isinstance(inner, dict) else {}
+        values = values[parent]
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[last] = text

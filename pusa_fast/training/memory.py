@@ -1,0 +1,129 @@
+"""What the backward pass of a block finds saved, and where it waits.
+
+Under "attention" a checkpointed block keeps its input and the results of attention with their log-sum-exp, so that the
+backward pass repeats the products but never attention, which is half of the work or more (docs/training.md).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import pusa_fast.attention  # noqa: F401 (registers torch.ops.pusa_fast.flash_attention)
+from pusa_fast.model.dit import WanDiT
+
+Run = Callable[..., Any]
+
+# Operators that compute attention and its log-sum-exp. torch's own that this build lacks are left out.
+_ATTENTION = tuple(
+    packet.default
+    for namespace, name in (
+        ("pusa_fast", "flash_attention"),
+        ("aten", "_scaled_dot_product_flash_attention"),
+        ("aten", "_scaled_dot_product_flash_attention_for_cpu"),
+        ("aten", "_scaled_dot_product_efficient_attention"),
+        ("aten", "_scaled_dot_product_cudnn_attention"),
+    )
+    if (packet := getattr(getattr(torch.ops, namespace), name, None)) is not None
+)
+
+
+def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# Nothing in a block draws random numbers.
+_checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+MODES: dict[str, Run | None] = {
+    "none": None,
+    "block": _checkpoint,
+    "attention": functools.partial(_checkpoint, context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_attention)),
+}
+
+
+def save_memory(dit: WanDiT, mode: str, offload: bool = False) -> None:
+    """Set how every block of `dit` is run under autograd: a name of `MODES`; `offload`: block inputs wait in host memory.
+
+    Raises ValueError for an unknown mode, or offload without checkpointing.
+    """
+    if mode not in MODES:
+        raise ValueError(f"checkpointing {mode!r} is unknown: choose one of {', '.join(MODES)}")
+    run = MODES[mode]
+    if offload and run is None:
+        raise ValueError("offload moves what checkpoints keep: set checkpointing to attention or block")
+    if offload and run is not None:
+        run = functools.partial(Offload(dit.device).run, run)
+    for block in dit.blocks:
+        block.checkpoint = run
+
+
+@dataclass(eq=False)
+class _Parked:
+    """A tensor on its way to the host, there, or on its way back."""
+
+    host: Tensor
+    device: torch.device
+    back: Tensor | None = None
+    number: int = 0
+
+
+class Offload:
+    """Copies what a checkpoint keeps to pinned host memory while the next block computes, and back one block ahead of its use.
+
+    On the CPU the copies are plain. Written for CUDA streams; docs/performance.md says whether it has run on one.
+    """
+
+    def __init__(self, device: torch.device, smallest: int = 1 << 20) -> None:
+        self._cuda, self._smallest = device.type == "cuda", smallest  # bytes
+        self._away = torch.cuda.Stream(device) if self._cuda else None
+        self._home = torch.cuda.Stream(device) if self._cuda else None
+        self._parked: list[_Parked] = []
+
+    def run(self, checkpointed: Run, function: Run, *inputs: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            return checkpointed(function, *inputs)
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Parked:
+        if tensor.numel() * tensor.element_size() < self._smallest:
+            return tensor
+        with self._on(self._away):
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda)
+            host.copy_(tensor.detach(), non_blocking=True)
+        if self._away is not None:
+            tensor.record_stream(self._away)
+        parked = _Parked(host, tensor.device, number=len(self._parked))
+        self._parked.append(parked)
+        return parked
+
+    def _unpack(self, saved: Tensor | _Parked) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        back = self._fetch(saved)
+        if saved.number:
+            self._fetch(self._parked[saved.number - 1])
+        else:
+            self._parked.clear()
+        saved.back = None
+        if self._home is not None:
+            torch.cuda.current_stream(saved.device).wait_stream(self._home)
+            back.record_stream(torch.cuda.current_stream(saved.device))
+        return back
+
+    def _fetch(self, parked: _Parked) -> Tensor:
+        if parked.back is None:
+            with self._on(self._home, after=self._away):
+                parked.back = parked.host.to(parked.device, non_blocking=True, copy=True)
+        return parked.back
+
+    def _on(self, stream: Any, after: Any = None) -> AbstractContextManager[Any]:
+        if stream is None:
+            return nullcontext()
+        stream.wait_stream(torch.cuda.current_stream(stream.device) if after is None else after)
+        return torch.cuda.stream(stream)

@@ -1,0 +1,85 @@
+"""Optimisers, learning rates and averaged weights, from `config.Optim`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pusa_fast.training.config import Optim
+
+_MUON_MIN = 8  # a matrix with a shorter side is a table of gains, not a map
+_MUON_NOT = ("head.head", "norm", "modulation")
+
+
+def build_optimizers(named: Mapping[str, nn.Parameter], config: Optim) -> list[torch.optim.Optimizer]:
+    """AdamW over all parameters; or Muon over hidden matrices (Jordan 2024, updates scaled to AdamW's) and AdamW over the rest."""
+    groups = dict(named)
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.name == "muon":
+        hidden = {n: groups.pop(n) for n, p in named.items() if _is_hidden_matrix(n, p)}
+        optimizers.append(
+            torch.optim.Muon(
+                hidden.values(), lr=config.muon_lr or config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    optimizers.append(torch.optim.AdamW(groups.values(), fused=_all_fusable(groups.values()), **settings))
+    return optimizers
+
+
+def _is_hidden_matrix(name: str, p: Tensor) -> bool:
+    return p.ndim == 2 and min(p.shape) >= _MUON_MIN and not any(part in name for part in _MUON_NOT)
+
+
+def _all_fusable(parameters: Iterator[Tensor] | Sequence[Tensor]) -> bool:
+    """torch's fused AdamW takes floating-point parameters on the CPU and CUDA."""
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+
+
+def rate(step: int, steps: int, config: Optim) -> float:
+    """Factor of the learning rate at `step` (from 0) of `steps`: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
+    """Multiply every group's own learning rate, kept as `initial_lr`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+class Average:
+    """An exponential moving average of parameters: a += (1 - decay) (p - a) after each step, faster while there were few."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self._named = dict(named)
+        self.tensors = {name: p.detach().clone() for name, p in named.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages, parameters = ([_local(t) for t in table.values()] for table in (self.tensors, self._named))
+        torch._foreach_lerp_(averages, parameters, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averages and parameters; a second call undoes it."""
+        for name, p in self._named.items():
+            mine, theirs = _local(self.tensors[name]), _local(p)
+            kept = theirs.clone()
+            theirs.copy_(mine)
+            mine.copy_(kept)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()

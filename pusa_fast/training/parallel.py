@@ -1,0 +1,103 @@
+"""One process or many: torchrun's environment, DDP (replicas) or FSDP2 (shards), and sums over processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from pusa_fast.model.dit import WanDiT
+
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them. `device` is its own."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over all processes, on the CPU in float64."""
+        values = values.detach().double()
+        if self.size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values.cpu()
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The world that torchrun started this process in, left at the end; alone where it was started by hand."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    begun = not dist.is_initialized()
+    if begun:
+        dist.init_process_group(BACKENDS[device.type])
+    try:
+        yield World(device, dist.get_rank(), dist.get_world_size())
+    finally:
+        if begun:
+            dist.destroy_process_group()
+
+
+def distribute(dit: WanDiT, strategy: str, world: World, dtype: torch.dtype | None) -> Callable[..., Tensor]:
+    """What to call in place of `dit` in training. `strategy`: "ddp", "fsdp", or "auto", which is ddp.
+
+    fsdp shards every block, in place. `dtype`: of float32 parameters while they are gathered (None: as they are).
+    """
+    if world.size == 1:
+        return dit
+    if strategy == "fsdp":
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for block in dit.blocks:
+            fully_shard(block, mp_policy=policy)
+        fully_shard(dit, mp_policy=policy)
+        return dit
+    return cast(Callable[..., Tensor], DistributedDataParallel(dit))
+
+
+def accumulating(model: Any, last: bool) -> AbstractContextManager[Any]:
+    """Gradients are summed over processes in the last part of a step only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+@contextmanager
+def gathered(dit: nn.Module) -> Iterator[None]:
+    """All parameters of an FSDP model whole, for calls that are no forward pass of it."""
+    sharded = [module for module in dit.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()

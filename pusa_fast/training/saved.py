@@ -1,0 +1,151 @@
+"""A run's checkpoints: complete folders or none, the last few and the best, readable by any number of processes.
+
+    checkpoints/step-000100/   torch.distributed.checkpoint's files (parameters that train, optimisers, averages), state.json
+
+A folder is written as `step-000100.part` and renamed. torch.distributed.checkpoint keeps its table of contents as a pickle: go
+on only from folders of your own; what is passed around is what `pusa-fast export` writes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from pusa_fast.training.optim import Average
+from pusa_fast.training.parallel import World
+from pusa_fast.training.store import write_text
+
+STATE, FOLDER, BEST = "state.json", "checkpoints", "best.json"
+_NAME = re.compile(r"step-(\d{6,})$")
+_OPTIONS = StateDictOptions(ignore_frozen_params=True)
+
+
+class Checkpoints:
+    """Those of the run in `out`. `identity`: what they depend on; one of another identity is refused."""
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], keep: int, world: World) -> None:
+        self.folder, self.identity, self.keep, self.world = out / FOLDER, dict(identity), keep, world
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, ascending."""
+        found = (_NAME.match(path.name) for path in self.folder.glob("step-*") if (path / STATE).is_file())
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def best(self) -> dict[str, Any] | None:
+        """{"step", "loss"} of the lowest validation loss so far."""
+        path = self.folder / BEST
+        return dict(json.loads(path.read_text())) if path.is_file() else None
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        average: Average | None,
+        more: Mapping[str, Any],
+        validation_loss: float | None = None,
+    ) -> None:
+        """Write a checkpoint of all processes' parts, then forget those that need not stay.
+
+        Raises OSError with the mend where the disk is full; what was there before stays.
+        """
+        final = self.path(step)
+        part = final.with_name(final.name + ".part")
+        if self.world.is_first:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        self.world.barrier()
+        try:
+            dcp.save(_state(model, optimizers, average), checkpoint_id=part, no_dist=self.world.size == 1)
+            if self.world.is_first:
+                (part / STATE).write_text(json.dumps({"step": step, "identity": self.identity, **more}, indent=1))
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(part, final)
+                if validation_loss is not None and validation_loss < (self.best() or {"loss": float("inf")})["loss"]:
+                    write_text(self.folder / BEST, json.dumps({"step": step, "loss": validation_loss}))
+                self._forget()
+        except BaseException as error:
+            if self.world.is_first:
+                shutil.rmtree(part, ignore_errors=True)
+            raise self._explained(error, step) from error
+        self.world.barrier()
+
+    def restore(
+        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Average | None
+    ) -> dict[str, Any] | None:
+        """Load the newest checkpoint into them and return its state; None where there is none.
+
+        Raises ValueError where it is of another configuration, naming what differs, or cannot be read.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        path = self.path(steps[-1])
+        try:
+            about = dict(json.loads((path / STATE).read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path / STATE} is damaged ({error}): delete {path} to go on from the checkpoint before it") from None
+        if differing := _differences(about["identity"], self.identity):
+            raise ValueError(
+                f"{path} is of another configuration: {'; '.join(differing[:4])}. Give another out, or go back to those settings"
+            )
+        state = _state(model, optimizers, average)
+        try:
+            dcp.load(state, checkpoint_id=path, no_dist=self.world.size == 1)
+        except Exception as error:  # torch raises many kinds for files that are not what they should be
+            raise ValueError(
+                f"{path} cannot be read ({' '.join(str(error).split())[:200]}): delete it to go on from the checkpoint before it"
+            ) from error
+        set_state_dict(
+            model, list(optimizers), model_state_dict=state["model"], optim_state_dict=state["optim"],
+            options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        )  # fmt: skip
+        return about
+
+    def _forget(self) -> None:
+        """Keep the last `keep` and the best."""
+        steps = self.steps()
+        best = self.best()
+        kept = {*steps[-self.keep :], best["step"] if best else -1}
+        for step in steps:
+            if step not in kept:
+                shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def _explained(self, error: BaseException, step: int) -> BaseException:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error) or "no space left" in str(error):
+            steps = self.steps()
+            last = f"the last one is {self.path(steps[-1])}" if steps else "there is none yet"
+            return OSError(f"the disk is full: no checkpoint of step {step} ({last}). Free some space and start the same command again")
+        return error
+
+
+def _state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Average | None) -> dict[str, Any]:
+    """What is saved; also the places that loading fills. Averages are loaded into their own tensors."""
+    found, optim = get_state_dict(model, list(optimizers), options=_OPTIONS)
+    return {"model": found, "optim": optim, **({"average": average.tensors} if average else {})}
+
+
+def _differences(then: Any, now: Any, name: str = "") -> list[str]:
+    """Settings that differ, by dotted name."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = sorted(then.keys() | now.keys())
+        return [d for k in keys for d in _differences(then.get(k), now.get(k), f"{name}.{k}".strip("."))]
+    return [] if then == now else [f"{name} was {then!r}, is {now!r}"]

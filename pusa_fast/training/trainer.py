@@ -1,0 +1,332 @@
+"""FAFM training of a LoRA or of all weights: the loop, and what surrounds a step (paper section 3.3; spec sections 5.2, 5.3).
+
+A step: clips at levels of their own per frame -> velocity -> weighted loss -> gradient -> AdamW. Everything random is a function
+of the seed and the step, so a run that was killed goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pusa_fast.attention import resolve
+from pusa_fast.model.dit import WanDiT
+from pusa_fast.model.linear import add_lora
+from pusa_fast.training import adapters, fafm, flops, metrics, optim
+from pusa_fast.training.config import TrainConfig, dump_config
+from pusa_fast.training.data import Batch, TrainingData, validation_batches
+from pusa_fast.training.memory import save_memory
+from pusa_fast.training.parallel import World, accumulating, distribute, gathered, joined
+from pusa_fast.training.saved import Checkpoints
+from pusa_fast.training.store import LatentStore, write_text
+from pusa_fast.training.validation import Previews
+from pusa_fast.weights import checkpoint, keymap, load_dit
+from pusa_fast.weights.pretrained import ModelFiles, find_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `train` did. `weights`: the file it wrote, None where it was stopped before the last step; `signal`: what stopped it."""
+
+    step: int
+    weights: Path | None
+    signal: int | None = None
+
+
+def train(config: TrainConfig) -> Outcome:
+    """Train to the last step, or until SIGTERM or SIGINT, which leave a checkpoint; started again, it goes on from the newest.
+
+    Raises ValueError and OSError for what cannot work, before the model is loaded; FloatingPointError where the loss is no
+    number any more, naming the clips. In all cases the checkpoints written so far stay.
+    """
+    files, store = check(config)
+    with joined(_device(config.device)) as world:
+        return Trainer(config, files, store, world).run()
+
+
+def check(config: TrainConfig) -> tuple[ModelFiles, LatentStore]:
+    """The model's files and the clips. Raises what `train` does for settings, files and clips that cannot work together."""
+    metrics.check_loggers(config)
+    files, store = find_model(config.model), LatentStore(config.data.path)
+    if config.lora is not None and config.lora.start is not None and not config.lora.start.exists():
+        raise FileNotFoundError(f"lora.start {config.lora.start} does not exist: give the path of a LoRA file")
+    for sample in config.validation.samples:
+        if sample.image is not None and not sample.image.is_file():
+            raise FileNotFoundError(f"validation picture {sample.image} does not exist")
+    fafm.check_weighting(config.objective.weighting)
+    if config.out.exists() and not config.out.is_dir():
+        raise NotADirectoryError(f"out {config.out} is a file: give a folder")
+    return files, store
+
+
+class Trainer:
+    """One run of `config` in this process of `world`. `dit` is what trains; `step`, how many steps it has behind it."""
+
+    def __init__(self, config: TrainConfig, files: ModelFiles, store: LatentStore, world: World) -> None:
+        self.config, self.world, self.store = config, world, store
+        shift = config.objective.shift or float(files.defaults["shift"])
+        self.shift, self.sampling = shift, config.sampling(shift)
+        self.data = TrainingData(
+            store, self.sampling, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed,
+            caption_dropout=config.data.caption_dropout, held_out=config.data.validation_clips, rank=world.rank, world=world.size,
+        )  # fmt: skip
+        self.dtype = DTYPES[config.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")]
+        resolve(config.attention, world.device, self.dtype, grad=True)
+        self.dit = _load(config, files, self.dtype, world.device)
+        _check_clips(store, self.dit)
+        save_memory(self.dit, config.memory.checkpointing, config.memory.offload)
+        sharded = config.parallel == "fsdp" and world.size > 1
+        if sharded and config.optim.name == "muon":
+            raise ValueError("optim.name muon needs whole matrices: use parallel ddp, or adamw")
+        self.forward = distribute(self.dit, config.parallel, world, None if config.lora else self.dtype)
+        self._autocast = config.lora is None and self.dtype is not torch.float32 and not sharded
+        named = {name: p for name, p in self.dit.named_parameters() if p.requires_grad}
+        self.parameters = list(named.values())
+        self.optimizers = optim.build_optimizers(named, config.optim)
+        self.average = optim.Average(named, config.optim.ema_decay) if config.optim.ema_decay else None
+        identity = {**config.identity(), "clips": store.fingerprint}
+        self.checkpoints = Checkpoints(config.out, identity, config.checkpoints.keep, world)
+        found = self.checkpoints.restore(self.dit, self.optimizers, self.average)
+        self.step = 0 if found is None else int(found["step"])
+        self.previews = Previews(config, files, world)
+        self.peak = metrics.peak_flops(world.device)
+
+    def run(self) -> Outcome:
+        config = self.config
+        if self.world.is_first:
+            config.out.mkdir(parents=True, exist_ok=True)
+            write_text(config.out / "config.yaml", dump_config(config))
+        log = metrics.Metrics(config, self.step) if self.world.is_first else None
+        saved = validated = self.step
+        loss = None
+        try:
+            with _stop_requests() as stop:
+                for parts in self.data.steps(self.step):
+                    if self.step >= config.steps or stop.agreed(self.world):
+                        break
+                    row = self.train_step(parts)
+                    if log is not None:
+                        log.write(row)
+                        self._say(row)
+                    if _due(self.step, config.validation.every, config.steps):
+                        validated, loss = self.step, self.validate(log)
+                    if _due(self.step, config.checkpoints.every, config.steps):
+                        self._save(loss if validated == self.step else None)
+                        saved = self.step
+                if saved != self.step:
+                    self._save(None)
+        finally:
+            if log is not None:
+                log.close()
+        done = self.step >= config.steps
+        return Outcome(self.step, self.export() if done else None, stop.received)
+
+    def train_step(self, parts: list[Batch]) -> dict[str, Any]:
+        """One optimiser step over this process's share of a batch. Returns its row of metrics."""
+        start, config = time.perf_counter(), self.config
+        optim.set_rate(self.optimizers, optim.rate(self.step, config.steps, config.optim))
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        total, levels = torch.zeros((), device=self.world.device), torch.zeros(2, 4, dtype=torch.float64, device=self.world.device)
+        for number, batch in enumerate(parts, 1):
+            with accumulating(self.forward, last=number == len(parts)):
+                loss, errors, sigma = self.loss(batch)
+                (loss / len(parts)).backward()
+            total += loss.detach() / len(parts)
+            levels += metrics.level_errors(sigma, errors)
+        norm = _whole(nn.utils.clip_grad_norm_(self.parameters, config.optim.clip_norm or math.inf))
+        sums = self.world.sum(torch.cat([total.double()[None], levels.flatten()]))
+        mean = float(sums[0]) / self.world.size
+        if not math.isfinite(mean) or not math.isfinite(float(norm)):
+            raise self._no_number(mean, float(norm), parts)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.average is not None:
+            self.average.update(self.step)
+        self.step += 1
+        return self._row(mean, float(norm), sums[1:].view(2, 4), parts, time.perf_counter() - start)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(weighted loss, frame errors [B, F], levels [B, F]) of the model on one batch."""
+        device = self.world.device
+        clean, noise, sigma = (t.to(device, non_blocking=True) for t in (batch.latents, batch.noise, batch.sigma))
+        noised, timestep, target = fafm.noised(clean, noise, sigma, torch.float32 if self.config.lora is None else self.dtype)
+        with torch.autocast(device.type, self.dtype) if self._autocast else nullcontext():
+            velocity = self.forward(noised, timestep, batch.context.to(device, non_blocking=True))
+        loss, errors = fafm.loss(velocity, target, sigma, self.config.objective.weighting, self.shift)
+        return loss, errors, sigma
+
+    def validate(self, log: metrics.Metrics | None) -> float | None:
+        """Loss on held-out clips, and sample clips, with the averaged weights where there are such. None without held-out clips."""
+        config = self.config
+        with self._averaged():
+            loss = self._validation_loss()
+            with gathered(self.dit):
+                self.previews.make(self.dit, self.step)
+        if log is not None and loss is not None:
+            log.write({"step": self.step, "validation_loss": loss})
+            print(f"step {self.step}/{config.steps}: validation loss {loss:.5f}", flush=True)
+        return loss
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float | None:
+        count, total = self.config.data.validation_clips, torch.zeros(2, dtype=torch.float64)
+        share = max(1, self.config.batch_size // (self.world.size * self.config.accumulate))
+        batches = list(validation_batches(self.store, count, share, self.sampling, self.config.seed))
+        sharded = self.config.parallel == "fsdp"  # then every process takes part in every forward
+        for number, batch in enumerate(batches):
+            if sharded or number % self.world.size == self.world.rank:
+                loss, _, _ = self.loss(batch)
+                total += torch.tensor([float(loss) * len(batch.clips), len(batch.clips)], dtype=torch.float64)
+        total = self.world.sum(total)
+        return float(total[0] / total[1]) if count else None
+
+    def export(self) -> Path:
+        """Write what was trained, averaged where there is an average: lora.safetensors (released style) or dit.safetensors."""
+        out, trained = self.config.out, self.config.lora is not None
+        with self._averaged():
+            if trained:
+                path, tensors = out / "lora.safetensors", adapters.trained_updates(self.dit, _whole)
+                if self.world.is_first:
+                    adapters.write_lora(path, tensors)
+            else:
+                path, state = out / "dit.safetensors", {n: _whole(t).cpu() for n, t in self.dit.state_dict().items()}
+                if self.world.is_first:
+                    checkpoint.save(path, keymap.unpack(state), self.dit.config)
+        self.world.barrier()
+        return path
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        if self.average is not None:
+            self.average.swap()
+        self.dit.weights_version += 1
+        try:
+            yield
+        finally:
+            if self.average is not None:
+                self.average.swap()
+
+    def _save(self, loss: float | None) -> None:
+        self.checkpoints.save(self.step, self.dit, self.optimizers, self.average, {"processes": self.world.size}, loss)
+
+    def _row(self, loss: float, norm: float, levels: Tensor, parts: list[Batch], seconds: float) -> dict[str, Any]:
+        config = self.config
+        tokens, work = (sum(f(self.dit.config, b.latents.shape, b.context.shape[1]) for b in parts) for f in (flops.tokens, flops.training_step(config)))
+        row: dict[str, Any] = {"step": self.step, "loss": loss, "gradient_norm": norm, "lr": self.optimizers[-1].param_groups[0]["lr"]}
+        row |= {f"error_level_{q + 1}of4": float(levels[0, q] / levels[1, q]) for q in range(4) if levels[1, q]}
+        row |= {"seconds": round(seconds, 4), "tokens_per_second": round(tokens * self.world.size / seconds, 1)}
+        if self.peak is not None:
+            row["mfu"] = round(work / seconds / self.peak, 4)
+        if self.world.device.type == "cuda":
+            row["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        return row
+
+    def _say(self, row: Mapping[str, Any]) -> None:
+        if self.step % self.config.logging.every == 0 or self.step == self.config.steps:
+            left = (self.config.steps - self.step) * row["seconds"]
+            print(
+                f"step {self.step}/{self.config.steps}: loss {row['loss']:.5f}, gradient {row['gradient_norm']:.3g}, "
+                f"{row['seconds']:.3g} s, {row['tokens_per_second']:.4g} tokens/s, about {left / 60:.1f} min left",
+                flush=True,
+            )
+
+    def _no_number(self, loss: float, norm: float, parts: list[Batch]) -> FloatingPointError:
+        clips = ", ".join(f"{c.source} ({c.caption!r})" for b in parts for c in b.clips)
+        steps = self.checkpoints.steps()
+        last = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
+        return FloatingPointError(
+            f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm} on {clips}; {last}. "
+            "Lower optim.lr, set optim.clip_norm, or leave these clips out"
+        )
+
+
+def _load(config: TrainConfig, files: ModelFiles, dtype: torch.dtype, device: torch.device) -> WanDiT:
+    """The model with what trains in float32: adapters on a frozen base in `dtype`, or all of it."""
+    lora = config.lora
+    dit = load_dit(files.dit, device=device, dtype=torch.float32 if lora is None else dtype)
+    dit.attention_backend = config.attention
+    if lora is None:
+        dit.requires_grad_(True)
+        return dit
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(config.seed)
+        add_lora(dit, lora.rank, lora.alpha, lora.targets, lora.init)
+    if lora.start is not None:
+        adapters.start_from(dit, lora.start)
+    return dit
+
+
+def _check_clips(store: LatentStore, dit: WanDiT) -> None:
+    wanted = {"channels": dit.config.in_channels, "text_dim": dit.config.text_dim}
+    for name, value in wanted.items():
+        if int(store.model[name]) != value:
+            raise ValueError(
+                f"{store.folder} was prepared for another model: its {name} is {store.model[name]}, this one's {value}. Prepare the clips with this model"
+            )
+    _, ph, pw = dit.config.patch_size
+    for clip in store.clips:
+        if clip.shape[2] % ph or clip.shape[3] % pw:
+            raise ValueError(f"{clip.source}: latents {list(clip.shape)} are no multiple of the patch {ph}x{pw}: prepare at another size")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return bool(every) and (step % every == 0 or step == steps)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
+        raise ValueError(f"device {name} is not here: use cpu" + (", cuda" if torch.cuda.is_available() else ""))
+    return torch.device(name)
+
+
+class _Stop:
+    """Signals received. All processes stop at the same step, whichever of them was told."""
+
+    received: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.received == signal.SIGINT == number:
+            raise KeyboardInterrupt  # asked twice: at once
+        self.received = number
+        os.write(2, b"stopping after this step, with a checkpoint\n")
+
+    def agreed(self, world: World) -> bool:
+        return bool(world.sum(torch.tensor([float(self.received is not None)]))[0])
+
+
+@contextmanager
+def _stop_requests() -> Iterator[_Stop]:
+    stop = _Stop()
+    before: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, stop)
+    except ValueError:  # not in the main thread: signals are the caller's business
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

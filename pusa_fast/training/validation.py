@@ -1,0 +1,69 @@
+"""Sample clips of a model that trains: made by `Pipeline` on its weights as they are, as files and a contact sheet a person looks at."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pusa_fast import video
+from pusa_fast.model.dit import WanDiT
+from pusa_fast.pipeline import Pipeline, load_text
+from pusa_fast.sampling.task import Condition
+from pusa_fast.training.config import TrainConfig
+from pusa_fast.training.parallel import World
+from pusa_fast.weights import load_vae
+from pusa_fast.weights.pretrained import ModelFiles
+
+SAMPLES = "samples"
+
+
+@dataclass
+class Previews:
+    """Makes the samples of `config.validation` into out/samples/step-000100/. The text encoder is loaded once, then dropped."""
+
+    config: TrainConfig
+    files: ModelFiles
+    world: World
+    _texts: dict[str, Tensor] | None = None
+    _vae: Any = None
+
+    def make(self, dit: WanDiT, step: int) -> None:
+        """One clip a sample and sheet.png, their rows side by side. All processes compute, the first one writes."""
+        samples = self.config.validation.samples
+        if not samples:
+            return
+        texts, pipe = self._encoded(), Pipeline(dit, self._decoder(), None, defaults=self.files.defaults)
+        folder = self.config.out / SAMPLES / f"step-{step:06d}"
+        rows = []
+        for number, sample in enumerate(samples):
+            frames = pipe(
+                prompt_embeds=texts[sample.prompt], negative_prompt_embeds=texts[self.files.defaults["negative_prompt"]],
+                conditions=[] if sample.image is None else [Condition(sample.image)], seed=sample.seed,
+                steps=self.config.validation.steps, guidance_scale=self.config.validation.guidance_scale,
+            )  # fmt: skip
+            rows.append(frames)
+            if self.world.is_first:
+                folder.mkdir(parents=True, exist_ok=True)
+                video.write_video(folder / f"{number:02d}.mp4", frames, self.files.defaults["fps"])
+        if self.world.is_first:
+            with video.staged(folder / "sheet.png") as path:
+                video.contact_sheet(torch.cat(rows)).save(path, format="PNG")
+
+    def _encoded(self) -> dict[str, Tensor]:
+        if self._texts is None:
+            encoder = load_text(self.files, self.world.device, torch.bfloat16 if self.world.device.type == "cuda" else torch.float32)
+            wanted = {self.files.defaults["negative_prompt"], *(sample.prompt for sample in self.config.validation.samples)}
+            self._texts = {prompt: encoder.encode([prompt]).clone() for prompt in sorted(wanted)}
+            del encoder
+            gc.collect()
+        return self._texts
+
+    def _decoder(self) -> Any:
+        if self._vae is None:
+            kind = torch.bfloat16 if self.world.device.type == "cuda" else torch.float32
+            self._vae = load_vae(self.files.vae, device=self.world.device, dtype=kind).eval()
+        return self._vae
