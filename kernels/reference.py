@@ -1,4 +1,4 @@
-"""The mathematics: every op of the transformer and of the VAE in plain torch, for any float dtype.
+"""The mathematics: every op of the transformer, of the VAE and of training in plain torch, for any float dtype.
 
 Each function computes in float32 (float64 for float64 inputs) and rounds once, on return: run on float64 inputs it is
 the oracle that the kernels are tested against, run on bf16 it is the fallback that works everywhere.
@@ -138,6 +138,29 @@ def guided_euler_step(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: floa
         velocity = v_neg.to(acc) + guidance * (velocity - v_neg.to(acc))
     dsigma_F11 = dsigma.to(acc)[:, None, None]
     return torch.where(dsigma_F11 == 0, x, (x.to(acc) + velocity * dsigma_F11).to(x.dtype))
+
+
+def noise_and_target(
+    clean: Tensor, noise: Tensor, sigma: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """x_t = (1 - sigma[f]) * clean + sigma[f] * noise and its velocity, the target noise - clean.
+
+    clean, noise [B, C, F, h, w]; sigma [B, F]. x_t in `dtype` (None: clean's), target in float32, or float64 where clean or noise is.
+    """
+    acc = _accumulator(torch.promote_types(clean.dtype, noise.dtype))
+    x, e, s = clean.to(acc), noise.to(acc), sigma.to(acc)[:, None, :, None, None]
+    return ((1 - s) * x + s * e).to(dtype or clean.dtype), e - x
+
+
+def flow_loss(velocity: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum_bf weight[b, f] * sum_chw (velocity - target)^2 / N, mean squared error of each frame [B, F], not differentiable).
+
+    velocity, target [B, C, F, h, w], N elements; weight [B, F]. Both results in float32, or float64 where velocity or target is.
+    """
+    acc = _accumulator(torch.promote_types(velocity.dtype, target.dtype))
+    sums_BF = (velocity.to(acc) - target.to(acc)).square().sum((1, 3, 4))
+    per_frame = velocity.shape[1] * velocity.shape[3] * velocity.shape[4]
+    return (weight.to(acc) * sums_BF).sum() / velocity.numel(), sums_BF.detach() / per_frame
 
 
 def gelu(x: Tensor, inplace: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""The memory-bound steps of the transformer and the VAE, one function per op: checks its arguments, then calls the chosen backend.
+"""The memory-bound steps of the transformer, the VAE and training, one function per op: checks its arguments, then calls the chosen backend.
 
 The formulas stand in `pusa_fast.kernels.reference`; the names here are the same. Triton serves CUDA tensors, native code
 float32 and bf16 on the CPU, plain torch everything else; `ops.use("reference")` forces one. The first two run as
@@ -15,6 +15,7 @@ from pusa_fast.kernels.reference import rope_split
 from pusa_fast.ops import library
 from pusa_fast.ops.backend import BACKENDS, backends, chosen, use
 from pusa_fast.ops.checks import check_device, check_float, check_residual, require, shape
+from pusa_fast.ops.flow import flow_loss, noise_and_target
 from pusa_fast.ops.products import gelu, linear, linear_gelu, linear_rows
 from pusa_fast.ops.quantize import gelu_quantize_rows, quantize_rows, residual_norm_fp8, scaled_linear
 from pusa_fast.ops.vae import vae_act_
@@ -22,6 +23,7 @@ from pusa_fast.ops.vae import vae_act_
 __all__ = [
     "BACKENDS",
     "backends",
+    "flow_loss",
     "gated_residual",
     "gelu",
     "gelu_quantize_rows",
@@ -29,6 +31,7 @@ __all__ = [
     "linear",
     "linear_gelu",
     "linear_rows",
+    "noise_and_target",
     "qk_rope",
     "quantize_rows",
     "residual_norm",

@@ -126,7 +126,7 @@ def test_any_strides(kernels: ModuleType, device: str) -> None:
 @triton_only
 def test_many_programs(kernels: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut as on a GPU, and finer, where the interpreter would take everything as one tile."""
-    module = importlib.import_module("pusa_fast.kernels.step")
+    module = importlib.import_module("pusa_fast.kernels._planes")
     monkeypatch.setattr(module, "_INTERPRETER_TILE", 32)
     monkeypatch.setattr(module, "_TILE", 32)
     monkeypatch.setattr(module, "_MAX_BLOCK", 16)
