@@ -59,8 +59,12 @@ def sigma_grid(steps: int, shift: float) -> Tensor:
     Raises ValueError for fewer than one step or a shift that is not a positive number.
     """
     steps, shift = check_steps(steps), check_shift(shift)
-    sigmas = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32)
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    return shifted(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32), shift)
+
+
+def shifted(levels: Tensor, shift: float) -> Tensor:
+    """Noise levels moved towards 1 (0 and 1 stay): shift * s / (1 + (shift - 1) * s)."""
+    return shift * levels / (1 + (shift - 1) * levels)
 
 
 def lift(global_sigmas: Tensor, multipliers: Sequence[float], compat: str = "reference") -> Schedule:
