@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from pusa_fast.kernels import fp8, norm, qk_rope, residual_norm, step, vae_act
+from pusa_fast.kernels import flow, fp8, norm, qk_rope, residual_norm, step, vae_act
 
 ARCHS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
@@ -187,6 +187,20 @@ def _step(m: Model, guided: bool) -> Any:
     return step.guided_euler_step(x, v, v if guided else None, 5.0, m.empty(m.latents[2], dtype=torch.float32))
 
 
+def _noise_and_target(m: Model) -> Any:
+    clean, noise = m.empty(*m.latents), m.empty(*m.latents, dtype=torch.float32)
+    return flow.noise_and_target(clean, noise, m.empty(1, m.latents[2], dtype=torch.float32), m.dtype)
+
+
+def _flow_loss(m: Model, want: bool) -> Any:
+    v, target = m.empty(*m.latents), m.empty(*m.latents, dtype=torch.float32)
+    return flow.flow_loss_forward(v, target, m.empty(1, m.latents[2], dtype=torch.float32), want)
+
+
+def _flow_loss_backward(m: Model) -> Any:
+    return flow.flow_loss_backward(m.empty(*m.latents), torch.empty((), device="meta"))
+
+
 def _residual_forward(m: Model, launcher: Callable[..., Any], form: str) -> Any:
     return launcher(m.stream(), *_residual(m, form), EPS)
 
@@ -210,6 +224,10 @@ def cases() -> Iterator[Case]:
         yield Case("rms_norm", "half of a packed row" if yes else "", partial(_rms_norm, packed=yes))
         yield Case("qk_rope", "in place" if yes else "new tensors", partial(_qk_rope, inplace=yes))
         yield Case("guided_euler_step", "guided" if yes else "no guidance", partial(_step, guided=yes))
+    yield Case("noise_and_target", "", _noise_and_target)
+    yield Case("flow_loss", "training", partial(_flow_loss, want=True))
+    yield Case("flow_loss", "validation", partial(_flow_loss, want=False), forward=False)
+    yield Case("flow_loss_backward", "", _flow_loss_backward)
     yield Case("quantize_rows", "", lambda m: fp8.quantize_rows(m.stream()), fp8=True)
     yield Case("gelu_quantize_rows", "", lambda m: fp8.gelu_quantize_rows(m.empty(1, m.tokens, m.ffn)), fp8=True)
 

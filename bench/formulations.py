@@ -129,6 +129,29 @@ def _plain_step(t: Inputs) -> Call:
     return call
 
 
+def _plain_noising(t: Inputs) -> Call:
+    """`add_noise` and `training_target` of its scheduler."""
+
+    def call() -> Outputs:
+        sigma = t["levels"][:, None, :, None, None]
+        return (1 - sigma) * t["latent"] + sigma * t["v"], t["v"] - t["latent"]
+
+    return call
+
+
+def _plain_loss(t: Inputs) -> Call:
+    """Weighted frame by frame; the reference itself averages the error over the clip first."""
+    v = t["v"].detach().requires_grad_()
+
+    def call() -> Outputs:
+        with torch.enable_grad():
+            error = nnf.mse_loss(v, t["latent"], reduction="none")
+            loss = (error * t["levels"][:, None, :, None, None]).mean()
+            return torch.autograd.grad(loss * t["grid"][0], v)
+
+    return call
+
+
 # diffusers with a timestep per token.
 
 
@@ -237,6 +260,8 @@ FORMULATIONS: Mapping[str, Mapping[str, Formulation]] = {
     "reference": {
         **_family(_reference_k1, _reference_k3, _reference_k5, _plain_rms, _reference_rope),
         "guided_euler_step": Formulation(_plain_step),
+        "noise_and_target": Formulation(_plain_noising),
+        "flow_loss": Formulation(_plain_loss),
     },
     "per-token": _family(_diffusers_k1, _diffusers_k3, _diffusers_k5, _diffusers_rms, _diffusers_rope),
     "diffusers": {

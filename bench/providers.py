@@ -70,8 +70,8 @@ def _misplaced(backend: str, op: Op, device: torch.device) -> str | None:
     """A backend may be usable in this process without being meant for this device."""
     if backend == "triton" and device.type == "cpu":
         return "the interpreter on the CPU says nothing about speed"
-    if backend == "native" and (device.type != "cpu" or op.fp8):
-        return "CPU only" if device.type != "cpu" else "no native code for fp8"
+    if backend == "native" and (device.type != "cpu" or op.fp8 or not op.native):
+        return "CPU only" if device.type != "cpu" else f"no native code for {'fp8' if op.fp8 else op.name}"
     return None
 
 

@@ -105,6 +105,7 @@ TENSORS: Mapping[str, Spec] = {
     "bias": Spec(_width, None),
     **dict.fromkeys(("latent", "v", "v_neg"), Spec(lambda s: s.latent, "latent", torch.float32)),
     "dsigma": Spec(lambda s: (s.grid[0],), "step", torch.float32, 0.1, -0.25),
+    "levels": Spec(lambda s: (1, s.grid[0]), "frames", torch.float32, 0.1, 0.5),
     **dict.fromkeys(("pixels", "shortcut", "sum"), Spec(_pixels, "frames")),
     "window": Spec(lambda s: _pixels(s, _PAST), "frames"),
     "gamma": Spec(lambda s: (CHANNELS,), None, None, 0.2, 1.0),
@@ -207,6 +208,7 @@ class Op:
     oracle: Callable[[Inputs], Outputs] | None = None
     view: Callable[[Outputs], Outputs] = tuple
     fp8: bool = False
+    native: bool = True  # there is native code for it
 
     def bytes(self, shape: Shape, itemsize: int) -> int:
         sizes = units(shape, itemsize)
@@ -216,7 +218,7 @@ class Op:
 # First word of `Op.kernel` -> the file in kernels/ that computes it on a GPU.
 FILES: Mapping[str, str] = {
     **dict.fromkeys(("K1", "K3", "K5"), "residual_norm.py"), "K2": "qk_rope.py", "K4": "norm.py", "step": "step.py", "fp8": "fp8.py",
-    "VAE": "vae_act.py",
+    "VAE": "vae_act.py", "FAFM": "flow.py",
     "GELU": "in the product's epilogue",
 }  # fmt: skip
 
@@ -266,6 +268,19 @@ def qkv_rope(impl: Any, t: Inputs) -> Outputs:
 
 def guided_euler_step(impl: Any, t: Inputs) -> Outputs:
     return (impl.guided_euler_step(t["latent"], t["v"], t["v_neg"], 5.0, t["dsigma"]),)
+
+
+def noise_and_target(impl: Any, t: Inputs) -> Outputs:
+    out: Outputs = impl.noise_and_target(t["latent"], t["v"], t["levels"])
+    return out
+
+
+def flow_loss(impl: Any, t: Inputs) -> Outputs:
+    """The loss's gradient, times the number of frames: a frame's part is then the same beside others and alone."""
+    v = t["v"].detach().requires_grad_()
+    with torch.enable_grad():
+        loss, _ = impl.flow_loss(v, t["latent"], t["levels"])
+        return torch.autograd.grad(loss * t["grid"][0], v)
 
 
 def vae_act(impl: Any, t: Inputs) -> Outputs:
@@ -332,6 +347,8 @@ OPS: Mapping[str, Op] = MappingProxyType(
             Op("qk_rope", "K2", "RMSNorm of q and k, 3-D RoPE", qk_rope, {"u": 4, "row": 2, "angles": 1}, _ROTATED, _BOTH),
             Op("qk_rope_inplace", "K2", "the same, in place", qk_rope_inplace, {"u": 4, "row": 2, "angles": 1}, _ROTATED, _BOTH, mutates=("qkv",)),
             Op("guided_euler_step", "step", "x[f] += (v_neg + g*(v-v_neg))[f]*dsigma[f]", guided_euler_step, {"latent": 4, "step": 1}, ("latent", "v", "v_neg", "dsigma"), ("latent",)),
+            Op("noise_and_target", "FAFM", "(1-s[f])*x + s[f]*e; e - x", noise_and_target, {"latent": 4, "step": 1}, ("latent", "v", "levels"), ("latent", "latent"), native=False),
+            Op("flow_loss", "FAFM", "mean w[f]*(v-target)^2, and dv", flow_loss, {"latent": 3, "step": 1}, ("latent", "v", "levels"), ("latent",), native=False),
             Op("vae_act", "VAE", "SiLU(norm(y + bias)*gamma)", vae_act, {"pixels": 2, "channels": 2}, ("pixels", "gamma", "channel_bias"), ("frames",), mutates=("window",)),
             Op("vae_act_residual", "VAE", "r = y + bias + x; SiLU(norm(r)*gamma)", vae_act_residual, {"pixels": 4, "channels": 2}, ("pixels", "gamma", "channel_bias", "shortcut"), ("frames", "frames"), mutates=("window", "sum")),
             Op("gelu", "GELU", "tanh GELU", gelu, {"hidden": 2}, ("hidden",)),

@@ -26,6 +26,9 @@ OPS = {
     "qk_rope",
     "qk_rope_backward",
     "guided_euler_step",
+    "noise_and_target",
+    "flow_loss",
+    "flow_loss_backward",
 }
 FP8_OPS = {"residual_norm_fp8", "quantize_rows", "gelu_quantize_rows"}
 
