@@ -54,8 +54,9 @@ def test_weights_of_any_level(recorded: dict[str, Tensor]) -> None:
 
 
 def test_no_level_weighs_less_than_nothing() -> None:
-    """Continuous levels reach below the grid's last one."""
+    """Continuous levels reach below the grid's last one, and rounding may take them past 1."""
     assert (fafm.level_weights(torch.linspace(0, 1, 10_001)) >= 0).all()
+    assert fafm.level_weights(torch.tensor([1 + 1e-5])) == 0
 
 
 def test_weightings_by_hand() -> None:
