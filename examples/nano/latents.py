@@ -17,7 +17,7 @@ from pusa_fast.training.store import StoreWriter
 from pusa_fast.weights import load_vae
 from pusa_fast.weights.files import file_hash
 
-CLIPS, SHARD = 16_000, 400
+CLIPS, SHARD = 10_000, 400
 _TOGETHER = 20
 
 

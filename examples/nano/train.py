@@ -1,37 +1,43 @@
-"""Train the embedded model from nothing, unattended: VAE, text-to-video base, Pusa LoRA.
+"""Train the embedded model from nothing, unattended: VAE, text encoder, clips, text-to-video base, Pusa LoRA.
 
-    python examples/nano/train.py --out mine --run runs/mine          # all three stages, hours on two cores; again after a kill
+    python examples/nano/train.py --out mine --run runs/mine          # everything, hours on two cores; again after a kill
     python examples/nano/train.py --out trial --run runs/trial --scale 0.01   # a trial of a few minutes
 
 Each stage resumes from its checkpoint in --run. A stage that --out already holds for this seed and plan is taken from
-there; a VAE or base that stopped half-way there goes on from those weights (with fresh optimisers). `--export` writes
-the weights of an unfinished VAE or base to --out and stops.
+there; a VAE or base that stopped half-way there goes on from those weights (with fresh optimisers, and as many steps as are
+left). `--export` writes the weights of an unfinished VAE or base to --out and stops.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import dit
+import latents
 import text
 import torch
 import vae
+from safetensors.torch import load_file
 
-from pusa_fast.model.dit import WanDiT
-from pusa_fast.model.linear import lora_state_dict
 from pusa_fast.model.vae import WanVAE
 from pusa_fast.training import sprites
+from pusa_fast.training.config import TrainConfig
+from pusa_fast.training.metrics import read_metrics
+from pusa_fast.training.store import write_text
+from pusa_fast.training.trainer import Outcome, export_run, train
 from pusa_fast.weights import checkpoint, keymap, load_dit, load_vae
+from pusa_fast.weights.files import save
 
 ASSETS = Path(__file__).parents[2] / "pusa_fast" / "assets" / "nano"
 DEFAULTS = {
     "num_frames": sprites.FRAMES, "height": sprites.SIZE, "width": sprites.SIZE, "fps": 8, "steps": 10,
     "guidance_scale": 3.0, "shift": dit.SHIFT, "negative_prompt": "",
 }  # fmt: skip
+STAGES = {"vae": vae.steps, "text": text.steps, "base": dit.base_steps, "lora": dit.lora_steps}
 
 
 def main() -> None:
@@ -42,20 +48,20 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps of every stage and on the clips")
     parser.add_argument("--threads", type=int, default=dit.threads())
     parser.add_argument("--export", action="store_true", help="write the weights of the newest checkpoint to --out")
-    parser.add_argument("--until", choices=("vae", "base", "lora"), default="lora", help="the last stage to run")
+    parser.add_argument("--until", choices=tuple(STAGES), default="lora", help="the last stage to run")
     args = parser.parse_args()
     if args.scale <= 0:
         parser.error(f"--scale must be above 0, got {args.scale}")
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(args.run, args.out, args.seed, args.scale)
+    nano = Nano(args.run, args.out, args.seed, args.scale)
     if args.export:
-        trainer.export()
+        nano.export()
     else:
-        trainer.run_until(args.until)
+        nano.run_until(args.until)
 
 
-class Trainer:
+class Nano:
     """Runs the stages in order; what `out` holds is always a state that one can go on from."""
 
     def __init__(self, run: Path, out: Path, seed: int, scale: float) -> None:
@@ -65,78 +71,117 @@ class Trainer:
         self.stages: dict[str, Any] = done.get("stages", {}) if done.get("seed") == seed else {}
 
     def run_until(self, last: str) -> None:
-        for name in ("vae", "base", "lora"):
-            steps = {"vae": vae.steps(self.scale), "base": dit.base_steps(self.scale), "lora": dit.lora_steps(self.scale)}[name]
-            done = self.stages.get(name, {}).get("steps", 0)
+        for name, plan in STAGES.items():
+            steps, done = plan(self.scale), self.stages.get(name, {}).get("steps", 0)
             if done > steps:
                 raise SystemExit(f"{self.out} holds {done} steps of {name}, the plan has {steps}: give another --out, or a larger --scale")
             if done == steps:
                 print(f"{name}: {self.out} holds it already ({steps} steps, seed {self.seed}); --out DIR trains another")
             else:
-                getattr(self, f"_{name}")()
-                self._record(name, steps)
+                self._record(name, steps, getattr(self, f"_{name}")(done))
             if name == last:
                 return
 
     def export(self) -> None:
-        """Write the newest unfinished stage as it stands in its checkpoint."""
-        name = next((n for n in ("base", "vae") if (self.run / f"{n}.pt").exists()), None)
-        if name is None:
+        """Write the base, or the VAE, as it stands in its newest checkpoint."""
+        if (self.run / "base" / "checkpoints").is_dir():
+            start = self.stages.get("base", {}).get("steps", 0)
+            done = export_run(self._base_config(start))
+            self._record("base", start + done.step, self._save_base(done))
+            return
+        if not (self.run / "vae.pt").exists():
             raise SystemExit(f"{self.run} holds no checkpoint of a VAE or base: train first")
-        saved = torch.load(self.run / f"{name}.pt", weights_only=True)
-        if name == "vae":
-            model = vae.build(self.seed)
-            model.load_state_dict(saved["modules"]["vae"])
-            self._save_vae(vae.with_statistics(model, self.seed))
-        else:
-            parts = dit.build_base(self.seed)
-            for part, key in zip(parts, ("dit", "text"), strict=True):
-                part.load_state_dict(saved["modules"][key])
-            self._save_base(*parts)
-        self._record(name, saved["step"])
+        saved = torch.load(self.run / "vae.pt", weights_only=True)
+        model = vae.build(self.seed)
+        model.load_state_dict(saved["modules"]["vae"])
+        self._save_vae(vae.with_statistics(model, self.seed))
+        self._record("vae", saved["step"], _last(self.run / "vae.jsonl"))
 
-    def _vae(self) -> None:
-        start = self.stages.get("vae", {}).get("steps", 0)
-        self._save_vae(vae.train(self.run, self.seed, self.scale, self.load_vae() if start else None, start))
+    def _vae(self, start: int) -> dict[str, Any]:
+        self._save_vae(vae.train(self.run, self.seed, self.scale, self._load_vae() if start else None, start))
+        return _last(self.run / "vae.jsonl")
 
     def _save_vae(self, model: WanVAE) -> None:
         checkpoint.save(self.out / "vae.safetensors", half(model.state_dict()), model.config)
 
-    def _base(self) -> None:
-        start = self.stages.get("base", {}).get("steps", 0)
-        begun = (self.load_dit(), text.TextStack.load(self.out)) if start else None
-        self._save_base(*dit.train_base(self.load_vae(), self.run, self.seed, self.scale, begun, start))
+    def _text(self, start: int) -> dict[str, Any]:
+        text.train(self.run, self.seed, self.scale).save(self.out)
+        return _last(self.run / "text.jsonl")
 
-    def _save_base(self, model: WanDiT, stack: text.TextStack) -> None:
+    def _clips(self) -> Path:
+        return latents.prepare(self.run, self.out, self.seed, max(2 * dit.BATCH, round(latents.CLIPS * self.scale)))
+
+    def _base(self, start: int) -> dict[str, Any]:
+        self._describe()
+        return self._save_base(_finished(train(self._base_config(start))))
+
+    def _base_config(self, start: int) -> TrainConfig:
+        """From nothing, or from the shipped weights after `start` steps, with another order of clips."""
+        first = self.run / f"base-from-{start}.safetensors"
+        if not first.exists():
+            self.run.mkdir(parents=True, exist_ok=True)
+            if start:
+                shutil.copyfile(self.out / "dit.safetensors", first)
+            else:
+                dit.write_untrained(first, self.seed)
+        config = dit.base_config(self.out, first, self._clips(), self.run / "base", self.seed + start, self.scale)
+        return config.model_copy(update={"steps": config.steps - start})
+
+    def _save_base(self, done: Outcome) -> dict[str, Any]:
+        assert done.weights is not None
+        model = load_dit(done.weights)
         checkpoint.save(self.out / "dit.safetensors", half(keymap.unpack(model.state_dict())), model.config)
-        stack.save(self.out)
+        return _figures(self.run / "base")
 
-    def _lora(self) -> None:
+    def _lora(self, start: int) -> dict[str, Any]:
         # On the weights as they are shipped, so that the adapter fits their rounding.
-        stack = text.TextStack.load(self.out)
-        model = dit.train_lora(self.load_dit(), stack, self.load_vae(), self.run, self.seed, self.scale)
-        checkpoint.save(self.out / "pusa_lora.safetensors", half(lora_state_dict(model)))
+        done = _finished(train(dit.lora_config(self.out, self._clips(), self.run / "lora", self.seed, self.scale)))
+        assert done.weights is not None
+        save(self.out / "pusa_lora.safetensors", half(load_file(done.weights)))
+        return _figures(self.run / "lora")
 
-    def load_dit(self) -> WanDiT:
-        return load_dit(self.out / "dit.safetensors", dtype=torch.float32)
-
-    def load_vae(self) -> WanVAE:
+    def _load_vae(self) -> WanVAE:
         return load_vae(self.out / "vae.safetensors", dtype=torch.float32)
 
-    def _record(self, name: str, steps: int) -> None:
-        log = (self.run / f"{name}.jsonl").read_text().splitlines()
-        self.stages[name] = {"steps": steps, **{k: v for k, v in json.loads(log[-1]).items() if k != "step"}}
-        for later in ("base", "lora")[("vae", "base", "lora").index(name) :]:
+    def _record(self, name: str, steps: int, figures: dict[str, Any]) -> None:
+        self.stages[name] = {"steps": steps, **figures}
+        for later in list(STAGES)[list(STAGES).index(name) + 1 :]:
             self.stages.pop(later, None)  # they were trained on other weights
+        self._describe()
+
+    def _describe(self) -> None:
         model = {
             "name": "nano", "dit": "dit.safetensors", "vae": "vae.safetensors",
             "text": {"encoder": "text_encoder", "tokenizer": "tokenizer", "text_len": text.TEXT_LEN},
             "lora": {"pusa_lora.safetensors": 1.0} if "lora" in self.stages else {}, "defaults": DEFAULTS,
             "training": {"seed": self.seed, "torch": torch.__version__, "threads": torch.get_num_threads(), "stages": self.stages},
         }  # fmt: skip
-        part = self.out / "model.json.part"
-        part.write_text(json.dumps(model, indent=1) + "\n")
-        os.replace(part, self.out / "model.json")
+        if not (self.out / "dit.safetensors").exists() and "text" in self.stages:
+            dit.write_untrained(self.out / "dit.safetensors", self.seed)  # a model folder is whole, or is none
+        write_text(self.out / "model.json", json.dumps(model, indent=1) + "\n")
+
+
+def _finished(done: Outcome) -> Outcome:
+    if done.weights is None:
+        raise SystemExit(f"stopped after {done.step} steps: start the same command again to go on")
+    return done
+
+
+def _last(log: Path) -> dict[str, Any]:
+    """The last row that a stage logged, without its number."""
+    row: dict[str, Any] = json.loads(log.read_text().splitlines()[-1])
+    row.pop("step")
+    return row
+
+
+def _figures(run: Path) -> dict[str, Any]:
+    """Seconds of all steps, mean loss of the last hundred and the last validation loss."""
+    rows = read_metrics(run)
+    steps = [row for row in rows if "seconds" in row]
+    losses = [row["loss"] for row in steps[-100:]]
+    checked = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    found = {"seconds": round(sum(row["seconds"] for row in steps), 1), "loss": sum(losses) / len(losses)}
+    return {**found, **({"validation_loss": checked[-1]} if checked else {})}
 
 
 def half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -113,13 +113,14 @@ class Logging(_Part):
 class TrainConfig(_Part):
     """One run. `out`: its folder; `steps`: optimiser steps; `batch_size`: clips a step, over all processes and `accumulate` parts.
 
-    `model`: "nano" or a model's folder. `lora` None: full fine-tuning, with float32 masters. `dtype` of the frozen base, or of
+    `model`: "nano" or a model's folder; `dit`: another transformer than that folder's, such as one of Wan2.2's experts. `lora` None: full fine-tuning, with float32 masters. `dtype` of the frozen base, or of
     the products in full fine-tuning (None: bfloat16 on a GPU, float32 on the CPU).
     """
 
     data: Data
     out: Path
     model: str = "nano"
+    dit: Path | None = None
     steps: Positive = 900
     batch_size: Positive = 8
     accumulate: Positive = 1

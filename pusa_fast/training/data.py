@@ -85,7 +85,7 @@ def load_batch(
         latents.append(clean)
         contexts.append(store.empty_text if dropped else store.text(index))
     clips = tuple(store.clips[i] for i in indices)
-    return Batch(*(torch.stack(rows) for rows in (latents, noises, sigmas, contexts)), clips)
+    return Batch(torch.stack(latents), torch.stack(noises), torch.stack(sigmas), torch.stack(contexts), clips)
 
 
 class TrainingData:

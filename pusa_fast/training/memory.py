@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import pusa_fast.attention  # noqa: F401 (registers torch.ops.pusa_fast.flash_attention)
-from pusa_fast.model.dit import WanDiT
+from pusa_fast.model.dit import Block, WanDiT
 
 Run = Callable[..., Any]
 
@@ -61,6 +61,7 @@ def save_memory(dit: WanDiT, mode: str, offload: bool = False) -> None:
     if offload and run is not None:
         run = functools.partial(Offload(dit.device).run, run)
     for block in dit.blocks:
+        assert isinstance(block, Block)
         block.checkpoint = run
 
 
@@ -82,8 +83,8 @@ class Offload:
 
     def __init__(self, device: torch.device, smallest: int = 1 << 20) -> None:
         self._cuda, self._smallest = device.type == "cuda", smallest  # bytes
-        self._away = torch.cuda.Stream(device) if self._cuda else None
-        self._home = torch.cuda.Stream(device) if self._cuda else None
+        self._away: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
+        self._home: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._parked: list[_Parked] = []
 
     def run(self, checkpointed: Run, function: Run, *inputs: Any) -> Any:

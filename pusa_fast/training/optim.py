@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +26,16 @@ def build_optimizers(named: Mapping[str, nn.Parameter], config: Optim) -> list[t
                 hidden.values(), lr=config.muon_lr or config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
             )
         )
-    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    optimizers.append(torch.optim.AdamW(groups.values(), fused=_all_fusable(groups.values()), **settings))
+    optimizers.append(
+        torch.optim.AdamW(
+            groups.values(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        )
+    )
     return optimizers
 
 
 def _is_hidden_matrix(name: str, p: Tensor) -> bool:
     return p.ndim == 2 and min(p.shape) >= _MUON_MIN and not any(part in name for part in _MUON_NOT)
-
-
-def _all_fusable(parameters: Iterator[Tensor] | Sequence[Tensor]) -> bool:
-    """torch's fused AdamW takes floating-point parameters on the CPU and CUDA."""
-    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
 
 
 def rate(step: int, steps: int, config: Optim) -> float:
@@ -82,4 +80,6 @@ class Average:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    """This process's part, sharing memory."""
+    found = tensor.detach()
+    return found.to_local() if isinstance(found, DTensor) else found

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from pusa_fast.training.optim import Average
 from pusa_fast.training.parallel import World
@@ -70,7 +71,7 @@ class Checkpoints:
             part.mkdir(parents=True)
         self.world.barrier()
         try:
-            dcp.save(_state(model, optimizers, average), checkpoint_id=part, no_dist=self.world.size == 1)
+            save(_state(model, optimizers, average), checkpoint_id=part, no_dist=self.world.size == 1)
             if self.world.is_first:
                 (part / STATE).write_text(json.dumps({"step": step, "identity": self.identity, **more}, indent=1))
                 shutil.rmtree(final, ignore_errors=True)
@@ -105,7 +106,7 @@ class Checkpoints:
             )
         state = _state(model, optimizers, average)
         try:
-            dcp.load(state, checkpoint_id=path, no_dist=self.world.size == 1)
+            load(state, checkpoint_id=path, no_dist=self.world.size == 1)
         except Exception as error:  # torch raises many kinds for files that are not what they should be
             raise ValueError(
                 f"{path} cannot be read ({' '.join(str(error).split())[:200]}): delete it to go on from the checkpoint before it"

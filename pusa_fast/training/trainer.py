@@ -58,10 +58,22 @@ def train(config: TrainConfig) -> Outcome:
         return Trainer(config, files, store, world).run()
 
 
+def export_run(config: TrainConfig) -> Outcome:
+    """Write the weights of a run's newest checkpoint as `train` does at its end. Raises ValueError where there is none."""
+    files, store = check(config)
+    with joined(_device(config.device)) as world:
+        trainer = Trainer(config, files, store, world)
+        if not trainer.step:
+            raise ValueError(f"{config.out} holds no checkpoint: train first")
+        return Outcome(trainer.step, trainer.export())
+
+
 def check(config: TrainConfig) -> tuple[ModelFiles, LatentStore]:
     """The model's files and the clips. Raises what `train` does for settings, files and clips that cannot work together."""
     metrics.check_loggers(config)
     files, store = find_model(config.model), LatentStore(config.data.path)
+    if config.dit is not None and not config.dit.exists():
+        raise FileNotFoundError(f"dit {config.dit} does not exist: give a transformer's file or folder")
     if config.lora is not None and config.lora.start is not None and not config.lora.start.exists():
         raise FileNotFoundError(f"lora.start {config.lora.start} does not exist: give the path of a LoRA file")
     for sample in config.validation.samples:
@@ -145,7 +157,7 @@ class Trainer:
         for number, batch in enumerate(parts, 1):
             with accumulating(self.forward, last=number == len(parts)):
                 loss, errors, sigma = self.loss(batch)
-                (loss / len(parts)).backward()
+                torch.autograd.backward(loss / len(parts))
             total += loss.detach() / len(parts)
             levels += metrics.level_errors(sigma, errors)
         norm = _whole(nn.utils.clip_grad_norm_(self.parameters, config.optim.clip_norm or math.inf))
@@ -258,7 +270,7 @@ class Trainer:
 def _load(config: TrainConfig, files: ModelFiles, dtype: torch.dtype, device: torch.device) -> WanDiT:
     """The model with what trains in float32: adapters on a frozen base in `dtype`, or all of it."""
     lora = config.lora
-    dit = load_dit(files.dit, device=device, dtype=torch.float32 if lora is None else dtype)
+    dit = load_dit(config.dit or files.dit, device=device, dtype=torch.float32 if lora is None else dtype)
     dit.attention_backend = config.attention
     if lora is None:
         dit.requires_grad_(True)
@@ -286,7 +298,9 @@ def _check_clips(store: LatentStore, dit: WanDiT) -> None:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    """All processes' parts of a sharded tensor."""
+    found = tensor.detach()
+    return found.full_tensor() if isinstance(found, DTensor) else found
 
 
 def _due(step: int, every: int, steps: int) -> bool:
@@ -319,7 +333,7 @@ class _Stop:
 @contextmanager
 def _stop_requests() -> Iterator[_Stop]:
     stop = _Stop()
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, stop)
