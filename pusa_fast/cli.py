@@ -49,7 +49,7 @@ class _Group(TyperGroup):
             context = getattr(error, "ctx", None)
             path = context.command_path if context is not None else "pusa-fast"
             code = _answer(error, f"{error.format_message().replace('Value error, ', '')} (see {path} --help)")
-        except (ValueError, OSError, ImportError, OverflowError) as error:
+        except (ValueError, OSError, ImportError, ArithmeticError) as error:
             code = _answer(error, _message(error))
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
@@ -258,6 +258,40 @@ def generate(
         tiling, out, overwrite, from_,
     )  # fmt: skip
     run(options, inputs)
+
+
+@app.command()
+def train(
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG.YAML", help="Settings; docs/training.md lists them.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting, such as optim.lr=1e-5. Repeatable.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what it will take: memory by part, work and time of a step.")] = False,
+) -> None:
+    """Train a Pusa LoRA, or all weights, on prepared clips. Stopped or killed, the same command goes on.
+
+    Several processes: torchrun --nproc-per-node 8 -m pusa_fast.cli train CONFIG.YAML
+    """
+    from pusa_fast.commands.train import run
+
+    run(config, set_ or [], plan)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN|LORA", help="A training run's folder, or a LoRA file.")],
+    out: Annotated[str, typer.Option(metavar="PATH", help="The .safetensors file to write.")],
+    style: Annotated[
+        Literal["released", "diffusers", "comfyui"] | None,
+        typer.Option(help="Names of a LoRA's weights: Pusa's own, diffusers' or ComfyUI's (default released)."),
+    ] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights (default bfloat16).")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a LoRA as other tools read it, from a run's newest checkpoint or from a file."""
+    from pusa_fast.commands.export import run
+
+    run(source, out, style or "released", dtype or "bfloat16", overwrite)
 
 
 @app.command()

@@ -95,7 +95,8 @@ def loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss, frame_errors): weighted mean squared error with a derivative by velocity, and each frame's plain one [B, F].
 
-    velocity, target [B, C, F, h, w]; sigma [B, F]. Computed in float32, whatever velocity's dtype. Raises ValueError.
+    velocity, target [B, C, F, h, w]; sigma [B, F]. A frame at level 0 weighs nothing: its noise cannot be told from it. Computed
+    in float32, whatever velocity's dtype. Raises ValueError.
     """
-    weight = WEIGHTINGS[check_weighting(weighting)](sigma, shift)
+    weight = WEIGHTINGS[check_weighting(weighting)](sigma, shift) * (sigma > 0)
     return ops.flow_loss(velocity, target, weight)

@@ -13,7 +13,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,8 @@ class Checkpoints:
             part.mkdir(parents=True)
         self.world.barrier()
         try:
-            save(_state(model, optimizers, average), checkpoint_id=part, no_dist=self.world.size == 1)
+            with _alone(self.world):
+                save(_state(model, optimizers, average), checkpoint_id=part, no_dist=self.world.size == 1)
             if self.world.is_first:
                 (part / STATE).write_text(json.dumps({"step": step, "identity": self.identity, **more}, indent=1))
                 shutil.rmtree(final, ignore_errors=True)
@@ -106,7 +109,8 @@ class Checkpoints:
             )
         state = _state(model, optimizers, average)
         try:
-            load(state, checkpoint_id=path, no_dist=self.world.size == 1)
+            with _alone(self.world):
+                load(state, checkpoint_id=path, no_dist=self.world.size == 1)
         except Exception as error:  # torch raises many kinds for files that are not what they should be
             raise ValueError(
                 f"{path} cannot be read ({' '.join(str(error).split())[:200]}): delete it to go on from the checkpoint before it"
@@ -136,6 +140,15 @@ class Checkpoints:
             last = f"the last one is {self.path(steps[-1])}" if steps else "there is none yet"
             return OSError(f"the disk is full: no checkpoint of step {step} ({last}). Free some space and start the same command again")
         return error
+
+
+@contextmanager
+def _alone(world: World) -> Iterator[None]:
+    """Without the warning that a single process is alone."""
+    with warnings.catch_warnings():
+        if world.size == 1:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Average | None) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""`pusa-fast train`: settings in, a run; or what the run will take."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+
+import typer
+
+from pusa_fast.training.config import load_config
+
+
+def run(path: str | None, overrides: Sequence[str], plan: bool) -> None:
+    """Raises ValueError, OSError or FloatingPointError; checkpoints written by then stay. Exits with 130 after an interrupt."""
+    if path is None and not overrides:
+        raise ValueError("give a CONFIG.YAML, or at least --set data.path=PREPARED --set out=RUN")
+    config = load_config(path, overrides)
+    if plan:
+        from pusa_fast.training.plan import plan_run
+
+        typer.echo(plan_run(config).text())
+        return
+    from pusa_fast.training.trainer import train
+
+    done = train(config)
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    if done.weights is not None:
+        typer.echo(f"wrote {os.path.relpath(done.weights)}")
+        return
+    typer.echo(f"stopped after step {done.step} of {config.steps}, with a checkpoint: the same command goes on")
+    if done.signal == signal.SIGINT:
+        raise typer.Exit(130)
