@@ -32,7 +32,7 @@ _SMALLEST_TILE = 4
 _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of all storages made inside that are alive, and the most there ever were."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ def _peak(
         "encode": lambda: twin.encode(x, tiling),
         "decode": lambda: [None for _ in twin.decode_frames(x, tiling)] if frames else twin.decode(x, tiling),
     }[kind]
-    tracker = _Tracker()
+    tracker = Tracker()
     tracker.ignore([x, *twin.parameters()])
     with tracker:
         kept = call()

@@ -52,15 +52,16 @@ def backends() -> dict[str, str | None]:
 
 
 @contextmanager
-def use(name: str) -> Iterator[None]:
+def use(name: str, probe: bool = True) -> Iterator[None]:
     """Force the backend `name` inside this context, for the whole process: a switch for tests and measurements.
 
-    Raises ValueError for an unknown or unavailable backend. "triton" runs on the CPU under TRITON_INTERPRET=1.
+    Raises ValueError for an unknown or unavailable backend. "triton" runs on the CPU under TRITON_INTERPRET=1. `probe` False
+    takes one that is not there, for tensors on the meta device, of which operators only ask the shapes.
     """
     global _forced
     if name not in BACKENDS:
         raise ValueError(f"ops backend {name!r} does not exist: choose one of {', '.join(BACKENDS)}")
-    if reason := BACKENDS[name].probe():
+    if probe and (reason := BACKENDS[name].probe()):
         raise ValueError(f"ops backend {name!r} cannot be used: {reason}")
     # A plain global, since torch.compile guards on one and breaks its graph at a ContextVar.
     before, _forced = _forced, name

@@ -20,7 +20,8 @@ def build_optimizers(named: Mapping[str, nn.Parameter], config: Optim) -> list[t
     groups = dict(named)
     optimizers: list[torch.optim.Optimizer] = []
     if config.name == "muon":
-        hidden = {n: groups.pop(n) for n, p in named.items() if _is_hidden_matrix(n, p)}
+        hidden = hidden_matrices(named)
+        groups = {n: p for n, p in groups.items() if n not in hidden}
         optimizers.append(
             torch.optim.Muon(
                 hidden.values(), lr=config.muon_lr or config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
@@ -34,8 +35,9 @@ def build_optimizers(named: Mapping[str, nn.Parameter], config: Optim) -> list[t
     return optimizers
 
 
-def _is_hidden_matrix(name: str, p: Tensor) -> bool:
-    return p.ndim == 2 and min(p.shape) >= _MUON_MIN and not any(part in name for part in _MUON_NOT)
+def hidden_matrices(named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """What Muon takes: matrices that map one hidden state to another."""
+    return {n: p for n, p in named.items() if p.ndim == 2 and min(p.shape) >= _MUON_MIN and not any(part in n for part in _MUON_NOT)}
 
 
 def rate(step: int, steps: int, config: Optim) -> float:

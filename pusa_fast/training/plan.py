@@ -1,0 +1,153 @@
+"""What a run will take, before any weights are read: memory by part, work and time of a step.
+
+Activations are found by running the step itself on tensors without storage, through the operators that the device would use.
+Not in it: what allocators, CUDA and cuBLAS keep for themselves (about 1 GB on a GPU), and other processes' buckets under DDP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pusa_fast import ops
+from pusa_fast.config import MODELS, DiTConfig
+from pusa_fast.model.dit import WanDiT
+from pusa_fast.model.linear import add_lora
+from pusa_fast.model.vae_memory import Tracker
+from pusa_fast.training import fafm, flops, metrics
+from pusa_fast.training.config import TrainConfig
+from pusa_fast.training.memory import save_memory
+from pusa_fast.training.optim import hidden_matrices
+from pusa_fast.training.store import LatentStore
+from pusa_fast.weights import load_dit
+from pusa_fast.weights.pretrained import find_model
+
+# Shares of a GPU's dense bf16 rate that large products and attention reach (docs/performance.md: 790 and 640 of 989 TFLOP/s).
+_PRODUCTS, _ATTENTION = 0.80, 0.65
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one process. `memory`: bytes by part; `tokens` and `flops` of a step; `seconds`: estimates by where it runs."""
+
+    memory: dict[str, int]
+    tokens: int
+    flops: float
+    seconds: dict[str, float]
+
+    @property
+    def peak(self) -> int:
+        """Bytes of all parts together."""
+        return sum(self.memory.values())
+
+    def text(self) -> str:
+        width = max(map(len, self.memory))
+        lines = [f"{name:<{width}}  {size / _GIB:9.3f} GiB" for name, size in self.memory.items()]
+        lines += [f"{'together':<{width}}  {self.peak / _GIB:9.3f} GiB", f"a step: {self.tokens} tokens, {self.flops / 1e12:.4g} TFLOP"]
+        lines += [f"  about {seconds:.3g} s {where}" for where, seconds in self.seconds.items()]
+        return "\n".join(lines)
+
+
+def plan_run(config: TrainConfig) -> Plan:
+    """For the largest shape among the config's clips. Raises what reading the clips' index and the model's headers does."""
+    store = LatentStore(config.data.path)
+    if not store.clips:
+        raise ValueError(f"{config.data.path} holds no clips: prepare some")
+    shape = max((clip.shape for clip in store.clips), key=lambda s: s[1] * s[2] * s[3])
+    source = config.dit or find_model(config.model).dit
+    dit = load_dit(source, device="meta").config
+    return plan_step(config, dit, shape, store.text_len)
+
+
+def plan_step(config: TrainConfig, dit: DiTConfig | str, shape: tuple[int, ...], text: int, device: torch.device | None = None) -> Plan:
+    """A step on clips of one shape [C, F, h, w] with `text` context rows. `dit`: a configuration, or a name in `MODELS`.
+
+    `device`: where it will run (None: where one stands): it decides which operators are followed, and what is estimated.
+    """
+    if isinstance(dit, str):
+        found = MODELS.get(dit)
+        if not isinstance(found, DiTConfig):
+            raise ValueError(f"{dit!r} is no transformer of MODELS: choose one of {', '.join(n for n, c in MODELS.items() if isinstance(c, DiTConfig))}")
+        dit = found
+    where = device or torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, config.dtype or ("bfloat16" if where.type == "cuda" else "float32"))
+    share = config.batch_size // config.accumulate
+    memory = _memory(config, dit, (share, *shape), text, dtype, where)
+    batch = (config.batch_size, *shape)
+    work = flops.training_step(config)(dit, batch, text)
+    return Plan(memory, flops.tokens(dit, batch, text), work, _seconds(config, dit, batch, text, where))
+
+
+def _memory(
+    config: TrainConfig, dit_config: DiTConfig, latents: tuple[int, ...], text: int, dtype: torch.dtype, where: torch.device
+) -> dict[str, int]:
+    meta = torch.device("meta")
+    with meta:
+        dit = WanDiT(dit_config).to(torch.float32 if config.lora is None else dtype)
+    if config.lora is not None:
+        add_lora(dit, config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.init)
+    dit.attention_backend = "fa4"  # one operator with its log-sum-exp, as every backend on a device is; torch's own falls to pieces here
+    save_memory(dit, config.memory.checkpointing, config.memory.offload)
+    trained = {n: p for n, p in dit.named_parameters() if p.requires_grad}
+    frozen = [p for p in dit.parameters() if not p.requires_grad]
+    muon = hidden_matrices(trained) if config.optim.name == "muon" else {}
+    clean, noise = (torch.empty(latents, device=meta) for _ in range(2))
+    sigma, context = torch.empty(latents[0], latents[2], device=meta), torch.empty(latents[0], text, dit_config.text_dim, device=meta)
+    autocast = config.lora is None and dtype is not torch.float32
+    tracker = Tracker()
+    tracker.ignore(dit.parameters())
+    backend = "triton" if where.type == "cuda" else "native"
+    with ops.use(backend, probe=False), tracker:
+        noised, timestep, target = fafm.noised(clean, noise, sigma, torch.float32 if config.lora is None else dtype)
+        # autocast has no meta device of its own: its products run in bf16, which is what counts
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            velocity = dit(noised, timestep, context)
+        loss, _ = fafm.loss(velocity, target, sigma, "uniform")
+        del velocity, noised, timestep, target
+        torch.autograd.backward(loss)
+    gradients = _bytes(p.grad for p in trained.values() if p.grad is not None)
+    own = _bytes(trained.values())
+    return {
+        "frozen weights": _bytes(frozen),
+        "trained weights": own,
+        "optimiser": 2 * own - _bytes(muon.values()),
+        **({"average": own} if config.optim.ema_decay else {}),
+        "gradients": gradients,
+        "activations": max(0, tracker.peak - gradients),
+    }
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _seconds(config: TrainConfig, dit: DiTConfig, batch: tuple[int, ...], text: int, where: torch.device) -> dict[str, float]:
+    """Products and attention alone, at the rates they reach; what checkpointing repeats is in it."""
+    again = {"none": 0, "block": 1, "attention": 1}[config.memory.checkpointing]
+    low_rank = 0.0 if config.lora is None else flops.low_rank(dit, batch, text, config.lora)
+    products = flops.products(dit, batch, text) * ((3 if config.lora is None else 2) + again) + low_rank * (3 + again)
+    scores = flops.attention(dit, batch, text) * (3.5 + (config.memory.checkpointing == "block"))
+    rates = {"on an H200": 1e12 * metrics.PEAK_TFLOPS["H200"]}
+    if where.type == "cuda" and torch.cuda.is_available() and (peak := metrics.peak_flops(where)):
+        rates["here"] = peak
+    found = {name: products / (peak * _PRODUCTS) + scores / (peak * _ATTENTION) for name, peak in rates.items()}
+    if where.type == "cpu":
+        found["here, on the CPU"] = (products + scores) / _cpu_rate(config)
+    return found
+
+
+def _cpu_rate(config: TrainConfig) -> float:
+    """FLOP/s of a product of a thousand rows, measured now."""
+    dtype = getattr(torch, config.dtype or "float32")
+    a, b = (torch.randn(1024, 1024, dtype=dtype) for _ in range(2))
+    rounds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        rounds.append(time.perf_counter() - start)
+    return 2.0 * 1024**3 / sorted(rounds)[2]
