@@ -136,13 +136,14 @@ def _numerics(options: Options, recorder: Recorder) -> None:
     recorder.save(**run_numerics.run(recorder.device, clips=2 if options.quick else 16))
 
 
-# What can be measured, each into `recorder`'s result. Training will come as a row here.
+# What can be measured, each into `recorder`'s result.
 RUNS: Mapping[str, Callable[[Options, Recorder], None]] = {
     "ops": _module("bench.run_ops"),
     "attention": _module("bench.run_attention"),
     "dit": _module("bench.run_dit"),
     "vae": _module("bench.run_vae"),
     "e2e": _module("bench.run_e2e"),
+    "train": _module("bench.run_train"),
     "numerics": _numerics,
 }
 

@@ -202,10 +202,23 @@ void guided_euler_step(py::handle x_, py::handle v_, py::handle v_neg_, py::hand
   if (args.pixels > 0) release_and_run(args, checked_threads(threads));
 }
 
-void gelu(py::handle x_, int threads) {
-  const TensorView x("x", x_);
+void require_alike(const TensorView& x, const TensorView& other, const char* name) {
   x.require_contiguous();
-  release_and_run(Gelu{x.data(), type_of(x)}, x.numel(), checked_threads(threads));
+  other.require_contiguous();
+  if (other.numel() != x.numel() || type_of(other) != type_of(x)) throw py::value_error(std::string(name) + " must have as many elements as x, of its dtype");
+}
+
+void gelu(py::handle x_, py::handle out_, int threads) {
+  const TensorView x("x", x_), out("out", out_);
+  require_alike(x, out, "out");
+  release_and_run(Gelu{x.data(), out.data(), type_of(x)}, x.numel(), checked_threads(threads));
+}
+
+void gelu_backward(py::handle dy_, py::handle x_, py::handle dx_, int threads) {
+  const TensorView dy("dy", dy_), x("x", x_), dx("dx", dx_);
+  require_alike(x, dy, "dy");
+  require_alike(x, dx, "dx");
+  release_and_run(GeluBackward{dy.data(), x.data(), dx.data(), type_of(x)}, x.numel(), checked_threads(threads));
 }
 
 void linear_rows(py::handle x_, py::handle weight_, py::handle bias_, py::handle out_, int threads) {
@@ -280,7 +293,8 @@ void bind_row_ops(py::module_& m) {
   m.def("qk_rope_forward", &qk_rope_forward);
   m.def("qk_rope_backward", &qk_rope_backward);
   m.def("guided_euler_step", &guided_euler_step);
-  m.def("gelu_", &gelu);
+  m.def("gelu", &gelu);
+  m.def("gelu_backward", &gelu_backward);
   m.def("linear_rows", &linear_rows);
   m.def("vae_act", &vae_act);
   m.def("isas", &isas, "Instruction sets that the row kernels can use here, narrowest first.");

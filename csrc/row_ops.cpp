@@ -227,6 +227,10 @@ void run(const Gelu& args, std::int64_t numel, int threads) {
   run_spans(args, kernels().gelu, numel, kBlockElements, 0, threads);
 }
 
+void run(const GeluBackward& args, std::int64_t numel, int threads) {
+  run_spans(args, kernels().gelu_backward, numel, kBlockElements, 0, threads);
+}
+
 void run(const LinearRows& args, int threads) {
   run_spans(args, kernels().linear_rows, args.features, step_of(args.in), 0, threads);
 }

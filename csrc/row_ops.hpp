@@ -123,8 +123,18 @@ struct GuidedEulerStep {
   float guidance;
 };
 
+// out may be x.
 struct Gelu {
-  void* x;
+  const void* x;
+  void* out;
+  Type type;
+};
+
+// x: gelu's input. dx may be dy.
+struct GeluBackward {
+  const void* dy;
+  const void* x;
+  void* dx;
   Type type;
 };
 
@@ -178,6 +188,7 @@ void run(const QkRopeForward& args, int threads);
 void run(QkRopeBackward args, RowSums weight_q, RowSums weight_k, int threads);
 void run(const GuidedEulerStep& args, int threads);
 void run(const Gelu& args, std::int64_t numel, int threads);
+void run(const GeluBackward& args, std::int64_t numel, int threads);
 void run(const LinearRows& args, int threads);
 void run(const VaeAct& args, int threads);
 
@@ -211,6 +222,7 @@ constexpr int kPixelRows = 18;  // of vae_act: 16 pixels, two tables
   DO(qk_rope_backward, QkRopeBackward)               \
   DO(guided_euler_step, GuidedEulerStep)             \
   DO(gelu, Gelu)                                     \
+  DO(gelu_backward, GeluBackward)                    \
   DO(linear_rows, LinearRows)                        \
   DO(vae_act, VaeAct)
 

@@ -81,9 +81,34 @@ PUSA_INLINE Vec gelu_tanh(Vec x) {
 
 template <class T>
 void gelu_span(const Gelu& a, Span span) {
-  T* x = static_cast<T*>(a.x) + span.first;
+  const T* x = static_cast<const T*>(a.x) + span.first;
+  T* out = static_cast<T*>(a.out) + span.first;
   each(span.last - span.first, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
-    store(x + i, gelu_tanh(read(x + i, lanes)), lanes);
+    store(out + i, gelu_tanh(read(x + i, lanes)), lanes);
+  });
+}
+
+// d gelu / dx = s + 2 x u' s (1 - s), s = 1 / (1 + exp(-2 u)). Beyond 12 it is 1, or less than 1e-35; squares stay finite.
+PUSA_INLINE Vec gelu_tanh_slope(Vec x) {
+  constexpr float kLinear = -2.3022081985f, kCubic = -0.10294323960f;  // as in gelu_tanh
+  constexpr float kSlope = 1.5957691216f, kSlopeCubic = 0.2140644490f;  // 2 sqrt(2 / pi), and times 3 * 0.044715
+  constexpr float kBound = 126.0f, kEnd = 12.0f;
+  const Vec near_x = x < broadcast(-kEnd) ? broadcast(-kEnd) : (x > broadcast(kEnd) ? broadcast(kEnd) : x);
+  const Vec square = near_x * near_x;
+  const Vec t = near_x * (kLinear + kCubic * square);
+  const Vec low = broadcast(-kBound), high = broadcast(kBound);
+  const Vec power = exp2_bounded(t < low ? low : (t > high ? high : t));
+  const Vec s = 1.0f / (1.0f + power);
+  return s + near_x * (kSlope + kSlopeCubic * square) * (power * s) * s;
+}
+
+template <class T>
+void gelu_backward_span(const GeluBackward& a, Span span) {
+  const T* dy = static_cast<const T*>(a.dy) + span.first;
+  const T* x = static_cast<const T*>(a.x) + span.first;
+  T* dx = static_cast<T*>(a.dx) + span.first;
+  each(span.last - span.first, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
+    store(dx + i, read(dy + i, lanes) * gelu_tanh_slope(read(x + i, lanes)), lanes);
   });
 }
 
@@ -127,6 +152,10 @@ void guided_euler_step(const GuidedEulerStep& args, Span span, float*) {
 
 void gelu(const Gelu& args, Span span, float*) {
   with_type(args.type, [&](auto x) { gelu_span<decltype(x)>(args, span); });
+}
+
+void gelu_backward(const GeluBackward& args, Span span, float*) {
+  with_type(args.type, [&](auto x) { gelu_backward_span<decltype(x)>(args, span); });
 }
 
 void linear_rows(const LinearRows& args, Span span, float*) {

@@ -65,11 +65,12 @@ def test_gradients_where_autograd_records(backend: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for function, plain in ((ops.linear, nnf.linear), (ops.linear_gelu, lambda *given: gelu(nnf.linear(*given)))):
             results = []
-            for call in (function, plain):
-                leaves = [t.requires_grad_() for t in layer(dtype)]
-                results.append(torch.autograd.grad(call(*leaves).float().square().sum(), leaves))
-            for ours, theirs in zip(*results, strict=True):
-                torch.testing.assert_close(ours, theirs)
+            for call, precision in ((function, dtype), (plain, dtype), (plain, torch.float64)):
+                leaves = [t.to(precision).requires_grad_() for t in layer(dtype)]
+                total = call(*leaves).to(torch.promote_types(precision, torch.float32)).square().sum()
+                results.append(torch.autograd.grad(total, leaves))
+            for ours, theirs, exact in zip(*results, strict=True):
+                assert_within_budget(ours, theirs, exact)
 
 
 @pytest.mark.skipif(not products._ONEDNN_BF16, reason="no bf16 products in oneDNN here")
@@ -147,6 +148,15 @@ def test_linear_rows_on_every_instruction_set(isa: str) -> None:
     finally:
         native._native.set_isa(before)
     assert_within_budget(out, nnf.linear(x, weight.float()), nnf.linear(x.double(), weight.double()))
+
+
+def test_gelu_differentiates(backend: str) -> None:
+    x, dy = make_input(3, 37, 8, scale=3), make_input(3, 37, 8, seed=1)
+    found = {}
+    for kind, function in (("ours", ops.gelu), ("torch", gelu), ("exact", gelu)):
+        leaf = (x.double() if kind == "exact" else x).clone().requires_grad_()
+        (found[kind],) = torch.autograd.grad(function(leaf), leaf, dy.to(leaf.dtype))
+    assert_within_budget(found["ours"], found["torch"], found["exact"])
 
 
 def test_gelu_in_place_leaves_autograd_right(backend: str) -> None:

@@ -105,6 +105,18 @@ def e2e(
 
 
 @app.command()
+def train(
+    size: Annotated[str | None, typer.Option(metavar="480p|720p", help="On a GPU: 81 frames of 832x480 or 1280x720 (default 480p).")] = None,
+    device: Device = None,
+    quick: Quick = False,
+    seconds: Seconds = None,
+    out: Out = None,
+) -> None:
+    """A step of LoRA training: on the CPU nano beside the reference's formulation, on a GPU the 14B model at rank 512."""
+    _run("train", device, quick, seconds, out, size=size)
+
+
+@app.command()
 def numerics(device: Device = None, quick: Quick = False, out: Out = None) -> None:
     """What bf16 and fp8 cost in accuracy against float32, on nano."""
     _run("numerics", device, quick, None, out)

@@ -76,8 +76,9 @@ class AdaptedLinear(nn.Linear):
 class _LowRankUpdates(torch.autograd.Function):
     """y = x W^T + b ; y[rows_i] += scale_i * (x A_i^T) B_i^T. x [..., I]; matrices A_1 [r_1, I], B_1 [rows_1, r_1], A_2 ...
 
-    The first products of all adapters are one, updates are added by the second products themselves, and the backward pass
-    makes one gradient of x; composed from torch's operators, each adapter would copy the packed gradient once more.
+    In float32, where tokens outnumber inputs, the updates are added to the weight, which is less work for the same result. A
+    bf16 weight would round them away, so there the second products add to y. The first products of all adapters are one; composed
+    from torch's operators, each adapter would copy the packed gradient once more.
     """
 
     @staticmethod
@@ -86,10 +87,17 @@ class _LowRankUpdates(torch.autograd.Function):
     ) -> Tensor:
         A, Bs = _cast(matrices, x.dtype)
         rows_x = x.reshape(-1, x.shape[-1])
-        hidden = rows_x @ A.t()
+        ctx.merged = x.dtype.itemsize >= 4 and rows_x.shape[0] > rows_x.shape[1]
+        ranks = [B.shape[1] for B in Bs]
+        hidden = None if ctx.merged else rows_x @ A.t()
+        weight = weight.clone() if ctx.merged else weight
+        if ctx.merged:
+            for (rows, scale), B, own in zip(layout, Bs, torch.split(A, ranks), strict=True):
+                weight[rows].addmm_(B, own, alpha=scale)
         out = ops.linear(rows_x, weight, bias)
-        for (rows, scale), B, part in zip(layout, Bs, torch.split(hidden, [B.shape[1] for B in Bs], 1), strict=True):
-            out[:, rows].addmm_(part, B.t(), alpha=scale)
+        if hidden is not None:
+            for (rows, scale), B, part in zip(layout, Bs, torch.split(hidden, ranks, 1), strict=True):
+                out[:, rows].addmm_(part, B.t(), alpha=scale)
         ctx.layout, ctx.x_shape = layout, x.shape
         ctx.save_for_backward(rows_x, weight, hidden, *matrices)
         return out.view(*x.shape[:-1], len(weight))
@@ -99,15 +107,20 @@ class _LowRankUpdates(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         x, weight, hidden, *matrices = ctx.saved_tensors
         A, Bs = _cast(matrices, x.dtype)
+        hidden = x @ A.t() if hidden is None else hidden
         ranks = [B.shape[1] for B in Bs]
         dy = dout.reshape(-1, dout.shape[-1])
         dhidden = torch.empty_like(hidden)
         dBs = []
-        for (rows, scale), B, part, into in zip(ctx.layout, Bs, torch.split(hidden, ranks, 1), torch.split(dhidden, ranks, 1), strict=True):
-            into.copy_(dy[:, rows] @ B).mul_(scale)
+        for (rows, scale), B, part, into in zip(
+            ctx.layout, Bs, torch.split(hidden, ranks, 1), torch.split(dhidden, ranks, 1), strict=True
+        ):
+            torch.addmm(into, dy[:, rows], B, beta=0, alpha=scale, out=into)
             dBs.append((dy[:, rows].t() @ part).mul_(scale))
         dA = dhidden.t() @ x
-        dx = torch.addmm(dy @ weight, dhidden, A).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight if ctx.merged else torch.addmm(dy @ weight, dhidden, A)).view(ctx.x_shape)
         dweight = dy.t() @ x if ctx.needs_input_grad[1] else None
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         pairs = zip(torch.split(dA, ranks), dBs, strict=True)
@@ -116,7 +129,8 @@ class _LowRankUpdates(torch.autograd.Function):
 
 def _cast(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """All A in one [sum of ranks, I], and the B, in the dtype of the products."""
-    return torch.cat([A.to(dtype) for A in matrices[::2]]), [B.to(dtype) for B in matrices[1::2]]
+    As = [A.to(dtype) for A in matrices[::2]]
+    return As[0] if len(As) == 1 else torch.cat(As), [B.to(dtype) for B in matrices[1::2]]
 
 
 def projections(dit: WanDiT) -> dict[str, tuple[nn.Linear, slice]]:

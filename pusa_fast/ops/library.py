@@ -424,6 +424,38 @@ def _(x: Tensor) -> None:
     return None
 
 
+@custom_op("pusa_fast::gelu", mutates_args=())
+def gelu(x: Tensor) -> Tensor:
+    """Tanh GELU with a derivative; native code only."""
+    with launchers(x) as run:
+        out: Tensor = run.gelu_forward(x)
+    return out
+
+
+@gelu.register_fake
+def _(x: Tensor) -> Tensor:
+    return _contiguous_like(x)
+
+
+@custom_op("pusa_fast::gelu_backward", mutates_args=())
+def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """Gradient by x."""
+    with launchers(x, dy) as run:
+        dx: Tensor = run.gelu_backward(dy, x)
+    return dx
+
+
+@gelu_backward.register_fake
+def _(dy: Tensor, x: Tensor) -> Tensor:
+    return _contiguous_like(x)
+
+
+gelu.register_autograd(
+    lambda ctx, dy: gelu_backward(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
 @custom_op("pusa_fast::linear_rows", mutates_args=())
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [R, I] W^T + b in float32, each row by itself; native code only. Inference only."""

@@ -21,8 +21,8 @@ except ImportError as error:
 
 _FUNCTIONS = (
     *("residual_norm_forward", "residual_norm_backward", "gated_residual_forward", "gated_residual_backward"),
-    *("rms_norm_forward", "rms_norm_backward", "qk_rope_forward", "qk_rope_backward", "guided_euler_step", "gelu_"),
-    *("linear_rows", "vae_act"),
+    *("rms_norm_forward", "rms_norm_backward", "qk_rope_forward", "qk_rope_backward", "guided_euler_step", "gelu"),
+    *("gelu_backward", "linear_rows", "vae_act"),
 )
 _DTYPES = (torch.float32, torch.bfloat16)
 # A tenth of the time of Tensor.__dlpack__, and takes parameters as they are.
@@ -338,10 +338,24 @@ def guided_euler_step(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: floa
 def gelu_(x: Tensor) -> Tensor:
     """Tanh GELU in place, of any shape and strides. Returns x."""
     rows = x.contiguous()
-    _native.gelu_(_capsule(rows), _threads())
+    _native.gelu(_capsule(rows), _capsule(rows), _threads())
     if rows is not x:
         x.detach().copy_(rows)
     return x
+
+
+def gelu_forward(x: Tensor) -> Tensor:
+    """Tanh GELU, contiguous."""
+    out = _like(x)
+    _native.gelu(_capsule(x.contiguous()), _capsule(out), _threads())
+    return out
+
+
+def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """Gradient by `gelu_forward`'s x, contiguous."""
+    dx = _like(x)
+    _native.gelu_backward(_capsule(dy.contiguous()), _capsule(x.contiguous()), _capsule(dx), _threads())
+    return dx
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

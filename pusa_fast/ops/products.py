@@ -87,4 +87,7 @@ def gelu(x: Tensor, inplace: bool = False) -> Tensor:
     if inplace and not _recording(x) and chosen(x) == "native" and native.supports(x) and x.is_contiguous():
         library.gelu_(x)
         return x
+    if _recording(x) and chosen(x) == "native" and native.supports(x):
+        out: Tensor = library.gelu(x)
+        return out
     return nnf.gelu(x, approximate="tanh")

@@ -86,9 +86,14 @@ def check(config: TrainConfig) -> tuple[ModelFiles, LatentStore]:
 
 
 class Trainer:
-    """One run of `config` in this process of `world`. `dit` is what trains; `step`, how many steps it has behind it."""
+    """One run of `config` in this process of `world`. `dit` is what trains; `step`, how many steps it has behind it.
 
-    def __init__(self, config: TrainConfig, files: ModelFiles, store: LatentStore, world: World) -> None:
+    `base`: a transformer to train in place of the one in `files`, in the dtype and on the device it is to have.
+    """
+
+    def __init__(
+        self, config: TrainConfig, files: ModelFiles, store: LatentStore, world: World, base: WanDiT | None = None
+    ) -> None:
         self.config, self.world, self.store = config, world, store
         shift = config.objective.shift or float(files.defaults["shift"])
         self.shift, self.sampling = shift, config.sampling(shift)
@@ -98,7 +103,9 @@ class Trainer:
         )  # fmt: skip
         self.dtype = DTYPES[config.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")]
         resolve(config.attention, world.device, self.dtype, grad=True)
-        self.dit = _load(config, files, self.dtype, world.device)
+        dtype = self.dtype if config.lora else torch.float32
+        self.dit = base or load_dit(config.dit or files.dit, device=world.device, dtype=dtype)
+        _prepare(self.dit, config)
         _check_clips(store, self.dit)
         save_memory(self.dit, config.memory.checkpointing, config.memory.offload)
         sharded = config.parallel == "fsdp" and world.size > 1
@@ -267,21 +274,19 @@ class Trainer:
         )
 
 
-def _load(config: TrainConfig, files: ModelFiles, dtype: torch.dtype, device: torch.device) -> WanDiT:
-    """The model with what trains in float32: adapters on a frozen base in `dtype`, or all of it."""
+def _prepare(dit: WanDiT, config: TrainConfig) -> None:
+    """Make trainable what trains, in float32: adapters on a frozen base, or all of it."""
     lora = config.lora
-    dit = load_dit(config.dit or files.dit, device=device, dtype=torch.float32 if lora is None else dtype)
     dit.attention_backend = config.attention
     if lora is None:
         dit.requires_grad_(True)
-        return dit
-    devices = [device] if device.type == "cuda" else []
+        return
+    devices = [dit.device] if dit.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(config.seed)
         add_lora(dit, lora.rank, lora.alpha, lora.targets, lora.init)
     if lora.start is not None:
         adapters.start_from(dit, lora.start)
-    return dit
 
 
 def _check_clips(store: LatentStore, dit: WanDiT) -> None:
