@@ -78,7 +78,7 @@ def _run_cpu(options: Options, recorder: Recorder) -> None:
         errors = _same_gradients(trainer, parts, *calls["reference"]) if calls else {}
         forwards: dict[str, Callable[[], Any]] = {"pusa": lambda: trainer.train_step(parts)}
         if calls:
-            model, step = calls["reference"]
+            _, step = calls["reference"]
             forwards["reference"] = lambda: step(parts[0])
         seconds = measure(
             {n: Run(call) for n, call in forwards.items()}, recorder.device, 0.5 if options.quick else 60.0,

@@ -85,6 +85,7 @@ _RELIEF = {
     "encode": "--tiling auto, or a smaller --size",
     "denoise": "fewer --frames, a smaller --size, --guidance 1, or --dtype bfloat16",
     "decode": "--tiling auto, a smaller --size, or fewer --frames",
+    "prepare": "--tiling auto, or a smaller --bucket",
 }
 
 
@@ -258,6 +259,69 @@ def generate(
         tiling, out, overwrite, from_,
     )  # fmt: skip
     run(options, inputs)
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="metadata.csv (file_name,text), a .jsonl file, a folder with either, or a folder of clips with a .txt of the same name each.",
+        ),
+    ],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder to write, or to go on in.", rich_help_panel=_OUTPUT)],
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME|DIR", help="nano, or a model's folder (default nano).", rich_help_panel=_MODEL)
+    ] = None,
+    bucket: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WIDTHxHEIGHTxFRAMES",
+            help="Size to bring clips to; pictures need one of 1 frame. Repeatable: each clip takes the nearest in aspect that it is long enough for. (default: the model's)",
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(parser=_number, help="Resample clips to so many frames per second (default: every frame of the clip).")
+    ] = None,
+    clips_per_video: Annotated[
+        int | None, typer.Option(parser=_whole, help="Windows taken from each file, evenly spaced; they may overlap (default 1).")
+    ] = None,
+    start: Annotated[
+        Literal["first", "middle", "random"] | None,
+        typer.Option(help="Where windows begin: from the first frame on, in the middle, or anywhere as --seed says (default first)."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(parser=_whole, help="Of --start random (default 0).")] = None,
+    fit: Annotated[
+        Literal["crop", "pad", "stretch"] | None, typer.Option(help="How frames are brought to the bucket's size (default crop).")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 (default: a GPU where there is one).", rich_help_panel=_MODEL)
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32", "float16"] | None,
+        typer.Option(help="Of the stored latents and text (default bfloat16).", rich_help_panel=_OUTPUT),
+    ] = None,
+    tiling: Annotated[
+        Literal["whole", "auto", "exact", "feather"] | None,
+        typer.Option(help="VAE: as in generate (default whole).", rich_help_panel=_MODEL),
+    ] = None,
+    shard_clips: Annotated[
+        int | None, typer.Option(parser=_whole, help="Clips in one file of latents (default 64).", rich_help_panel=_OUTPUT)
+    ] = None,
+    ignore_tensors: Annotated[
+        bool, typer.Option("--ignore-tensors", help="Encode anew where the reference's FILE.tensors.pth lies beside a clip.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad clip instead of listing it.")] = False,
+) -> None:
+    """Encode clips and captions for training. Run again after a stop, it goes on; report.json lists clips that could not be used."""
+    from pusa_fast.commands.prepare import Options, run
+
+    run(
+        Options(
+            source, out, model, bucket, fps, clips_per_video, start, seed, fit, device, dtype, tiling, shard_clips, ignore_tensors, strict
+        )
+    )
 
 
 @app.command()

@@ -114,14 +114,14 @@ class Pipeline:
                 raise ValueError(f"LoRA {path} does not exist: give the path of a .safetensors or .pt file")
             if not math.isfinite(strength):
                 raise ValueError(f"LoRA {path}: strength must be a number, got {strength!r}")
-        where = _device(device)
+        where = resolve_device(device)
         kind = check_precision(precision, where, dtype) or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         resolve(attention, where, kind)
 
         dit = load_dit(files.dit, device=where, dtype=kind)
         dit.attention_backend = attention
         vae = load_vae(files.vae, device=where, dtype=kind if where.type == "cuda" else torch.float32)
-        pipe = cls(dit.eval(), vae.eval(), load_text(files, where, kind), defaults=files.defaults)
+        pipe = cls(dit.eval(), vae.eval(), load_text_encoder(files, where, kind), defaults=files.defaults)
         pipe.files, pipe.spec = files, files.spec
         pipe.loras = {
             path: apply_lora(dit, path, strength=strength, keep_base=precision is None) for path, strength in wanted.items()
@@ -290,7 +290,8 @@ class Pipeline:
         self.last_run["seconds"][name] = time.perf_counter() - start
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """None: a GPU where there is one. Raises ValueError for a device that is unknown or not there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -304,7 +305,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     return where
 
 
-def load_text(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+def load_text_encoder(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """The text encoder of a model, from a transformers directory or one file of weights. Raises as `TextEncoder.from_directory`."""
     if files.text_encoder.is_dir():
         return TextEncoder.from_directory(files.text_encoder, files.tokenizer, device, dtype, files.text_len)
     from pusa_fast.weights import load_text_encoder_state

@@ -19,7 +19,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -78,17 +78,22 @@ def probe(path: PathLike) -> VideoInfo:
         return VideoInfo(frames, float(stream.average_rate or 0), width, height)
 
 
+def measure(path: PathLike, fps: float | None = None) -> VideoInfo:
+    """As `probe`, but `frames` are those that `iter_video` gives: the file is decoded to its end. Raises as `iter_video`."""
+    return replace(probe(path), frames=sum(1 for _ in lazy_frames(path, fps)))
+
+
 def iter_video(path: PathLike, fps: float | None = None) -> Iterator[Array]:
     """Frames [H,W,3] one after another, rotated as the file's metadata says.
 
     `fps` resamples: frame k is the one whose time is nearest to k / fps. None gives every frame; a folder of PNGs has no
     times, its pictures are taken as they are. Raises ValueError for a file that is no video, is damaged, or ends early.
     """
-    return (convert() for convert in _frames(path, fps))
+    return (convert() for convert in lazy_frames(path, fps))
 
 
-def _frames(path: PathLike, fps: float | None) -> Iterator[Callable[[], Array]]:
-    """Frames as calls that give them: one that is skipped is not converted."""
+def lazy_frames(path: PathLike, fps: float | None = None) -> Iterator[Callable[[], Array]]:
+    """As `iter_video`, but calls that give the frames: one that is skipped is decoded, but not converted."""
     if os.path.isdir(path):
         return (partial(_read_array, picture) for picture in _pictures(path))
     timed = _decode(path)
@@ -103,7 +108,7 @@ def read_video(
 
     Memory holds only the frames returned. Raises as `iter_video`; also ValueError where the frames differ in size.
     """
-    frames = itertools.islice(_frames(path, fps), max_frames)
+    frames = itertools.islice(lazy_frames(path, fps), max_frames)
     kept = [convert() for convert in (frames if last_frames is None else deque(frames, maxlen=last_frames))]
     if not kept:
         raise ValueError(f"{path} has no video frame: it is empty or damaged")
@@ -115,7 +120,7 @@ def read_video(
 
 def check_whole(path: PathLike) -> None:
     """Decode a file to its end. Raises as `iter_video` where it is damaged or ends early."""
-    for _ in _frames(path, None):
+    for _ in lazy_frames(path):
         pass
 
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from pusa_fast.attention import resolve
 from pusa_fast.model.dit import WanDiT
 from pusa_fast.model.linear import add_lora
+from pusa_fast.pipeline import resolve_device
 from pusa_fast.training import adapters, fafm, flops, metrics, optim
 from pusa_fast.training.config import TrainConfig, dump_config
 from pusa_fast.training.data import Batch, TrainingData, validation_batches
@@ -54,14 +55,14 @@ def train(config: TrainConfig) -> Outcome:
     number any more, naming the clips. In all cases the checkpoints written so far stay.
     """
     files, store = check(config)
-    with joined(_device(config.device)) as world:
+    with joined(resolve_device(config.device)) as world:
         return Trainer(config, files, store, world).run()
 
 
 def export_run(config: TrainConfig) -> Outcome:
     """Write the weights of a run's newest checkpoint as `train` does at its end. Raises ValueError where there is none."""
     files, store = check(config)
-    with joined(_device(config.device)) as world:
+    with joined(resolve_device(config.device)) as world:
         trainer = Trainer(config, files, store, world)
         if not trainer.step:
             raise ValueError(f"{config.out} holds no checkpoint: train first")
@@ -310,14 +311,6 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _due(step: int, every: int, steps: int) -> bool:
     return bool(every) and (step % every == 0 or step == steps)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda") or (name.startswith("cuda") and not torch.cuda.is_available()):
-        raise ValueError(f"device {name} is not here: use cpu" + (", cuda" if torch.cuda.is_available() else ""))
-    return torch.device(name)
 
 
 class _Stop:

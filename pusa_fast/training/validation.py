@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pusa_fast import video
 from pusa_fast.model.dit import WanDiT
-from pusa_fast.pipeline import Pipeline, load_text
+from pusa_fast.pipeline import Pipeline, load_text_encoder
 from pusa_fast.sampling.task import Condition
 from pusa_fast.training.config import TrainConfig
 from pusa_fast.training.parallel import World
@@ -55,7 +55,7 @@ class Previews:
 
     def _encoded(self) -> dict[str, Tensor]:
         if self._texts is None:
-            encoder = load_text(self.files, self.world.device, torch.bfloat16 if self.world.device.type == "cuda" else torch.float32)
+            encoder = load_text_encoder(self.files, self.world.device, torch.bfloat16 if self.world.device.type == "cuda" else torch.float32)
             wanted = {self.files.defaults["negative_prompt"], *(sample.prompt for sample in self.config.validation.samples)}
             self._texts = {prompt: encoder.encode([prompt]).clone() for prompt in sorted(wanted)}
             del encoder
