@@ -51,6 +51,10 @@ class TextEncoder:
         rows = [self._rows(clean_prompt(prompt)) for prompt in prompts]
         return torch.stack([torch.cat([r, r.new_zeros(self.text_len - r.shape[0], r.shape[1])]) for r in rows])
 
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of the cleaned prompt, its end mark among them; those past `text_len` are dropped."""
+        return len(self.tokenizer(clean_prompt(prompt), add_special_tokens=True, verbose=False)["input_ids"])
+
     def _rows(self, prompt: str) -> Tensor:
         """The encoder's output [tokens of the prompt, D], from the cache where it was made before."""
         rows = self._cache.pop(prompt, None)

@@ -92,9 +92,9 @@ def _windows(settings: Settings, entry: Source, catalog: Catalog, hashes: Mappin
     """The clips of one file. Raises ValueError or OSError where it has none."""
     made_with: list[Any] = [hashes["vae"], hashes["text"], entry.caption, settings.dtype]
     if entry.tensors is not None:
-        hash = catalog.hash(entry.tensors)
-        return File(entry, hash, None, {0: digest(["tensors", hash, *made_with])})
-    hash = catalog.hash(entry.path)
+        own = catalog.hash(entry.tensors)
+        return File(entry, own, None, {0: digest(["tensors", own, *made_with])})
+    own = catalog.hash(entry.path)
     width, height, frames = catalog.measure(entry.path, settings.fps)
     bucket = choose(settings.buckets, width, height, frames)
     if bucket is None:
@@ -102,11 +102,11 @@ def _windows(settings: Settings, entry: Source, catalog: Catalog, hashes: Mappin
         shortest = min(bucket.frames for bucket in settings.buckets)
         what = "is a picture, 1 frame" if is_picture(entry.path) else f"has {frames} frame{'s' if frames != 1 else ''}{rate}"
         raise ValueError(f"{what}, the shortest bucket needs {shortest}")
-    starts = window_starts(frames - bucket.frames, settings.clips_per_video, settings.start, f"{hash}:{settings.seed}")
+    starts = window_starts(frames - bucket.frames, settings.clips_per_video, settings.start, f"{own}:{settings.seed}")
     fps = None if settings.fps is None else float(settings.fps)
     blended = settings.tiling is not None and settings.tiling.mode == "feather"  # other tiles give the whole picture's latents
     made_with += [str(bucket), fps, settings.fit, [settings.tiling.tile, settings.tiling.stride] if settings.tiling and blended else None]
-    return File(entry, hash, bucket, {start: digest([hash, start, *made_with]) for start in starts})
+    return File(entry, own, bucket, {start: digest([own, start, *made_with]) for start in starts})
 
 
 def add_bad(plan: Plan, settings: Settings, i: int, entry: Source, error: Exception) -> None:
@@ -117,5 +117,5 @@ def add_bad(plan: Plan, settings: Settings, i: int, entry: Source, error: Except
         reason = reason.removeprefix(f"{path} ")
     reason = " ".join(reason.split())
     if settings.strict:
-        raise ValueError(f"{entry.name}: {reason} (--strict stops at the first bad clip)")
+        raise ValueError(f"{entry.name}: {reason} (strict: the first bad clip is an error)")
     plan.bad.setdefault(i, reason)

@@ -14,9 +14,9 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,17 +217,20 @@ def _encode(
     stored = DTYPES[settings.dtype]
     tiling = _tiles(settings.tiling, vae, text)
     places = {id(entry): i for i, entry in enumerate(entries)}
-    with suppress(_NothingMade), StoreWriter(folder, model, shard_clips) as writer:
+    notes += [] if text is None else _cut_captions(plan, text)
+    with warnings.catch_warnings(), suppress(_NothingMade), StoreWriter(folder, model, shard_clips) as writer, ExitStack() as stack:
+        warnings.filterwarnings("ignore", "the prompt has .* tokens")  # the note above says it once
         if text is not None and not (folder / EMPTY).exists():
             writer.write_empty_text(trimmed(text.encode([""])[0]).to(stored).cpu())
         missing = sum(key not in writer.keys for key in plan.keys)
-        for done, (file, start, made) in enumerate(_ahead(_read(settings, plan, set(writer.keys), model)), 1):
+        clips = stack.enter_context(closing(_ahead(_read(settings, plan, set(writer.keys), model))))
+        for done, (file, start, made) in enumerate(clips, 1):
             entry = file.source
             if isinstance(made, Tensor):
                 assert text is not None
                 with _memory_for("prepare", where):
                     latents = vae.encode(to_video(made, where), tiling)[0]
-                made = latents, _text_of(entry, text)
+                made = latents, trimmed(text.encode([entry.caption])[0])
             if not isinstance(made, Exception):
                 latents, rows = (tensor.to(stored).cpu() for tensor in made)
                 if latents.isfinite().all() and rows.isfinite().all():
@@ -262,7 +265,7 @@ def _read(
             yield file, 0, error
 
 
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+def _ahead(items: Iterator[Any]) -> Generator[Any, None, None]:
     """The same items; a thread makes the next one while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
         upcoming = pool.submit(next, items, None)
@@ -284,14 +287,10 @@ def _load_text(settings: Settings, plan: Plan, where: torch.device, kind: torch.
     return text, int(text.model.config.d_model), []
 
 
-def _text_of(entry: Source, text: TextEncoder) -> Tensor:
-    """[L, D]: the rows of the caption's tokens. A warning (the caption is too long) names the clip."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        rows = trimmed(text.encode([entry.caption])[0])
-    for warning in said:
-        warnings.warn(f"{entry.name}: {warning.message}", stacklevel=2)
-    return rows
+def _cut_captions(plan: Plan, text: TextEncoder) -> list[str]:
+    """A note where captions have more tokens than the model reads."""
+    long = [file.source.name for file in plan.files if file.bucket is not None and text.count_tokens(file.source.caption) > text.text_len]
+    return [f"{len(long)} captions are cut after {text.text_len} tokens, all that the model reads; the first is that of {long[0]}"] if long else []
 
 
 def _details(file: File, start: int, settings: Settings) -> dict[str, Any]:
