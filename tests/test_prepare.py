@@ -279,6 +279,17 @@ def test_every_setting_makes_another_clip(here: Path) -> None:
         prepare("l.csv", "out", buckets=SMALL, dtype="float32")
 
 
+def test_random_windows_differ_by_film_and_seed_and_come_again(here: Path) -> None:
+    for i in range(3):
+        video.write_video(here / f"{i}.mp4", frames_of(50, i, (32, 32)), fps=8)
+    write_csv(here / "l.csv", *(f"{i}.mp4,x" for i in range(3)))
+    made = {name: prepare("l.csv", name, buckets=["16x16x1"], start="random", seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))}
+    assert [m.clips for m in made.values()] == [3, 3, 3]
+    a, b, c = ([clip.details["start"] for clip in LatentStore(name).clips] for name in made)
+    assert a == b != c
+    assert len(set(a)) > 1
+
+
 def test_captions_that_are_too_long_are_noted(here: Path) -> None:
     write_csv(here / "l.csv", "films/a.mp4," + "red " * 40, "films/b.mp4,short")
     result = run("l.csv", "--out", "out", "--bucket", SMALL[0])
@@ -391,6 +402,9 @@ def test_frames_that_change_in_size_are_bad_only_when_read(here: Path) -> None:
     for i, size in enumerate([(32, 32), (48, 32), (32, 32), (32, 32), (32, 32)]):
         (here / "odd").mkdir(exist_ok=True)
         Image.new("RGB", size).save(here / "odd" / f"{i}.png")
+    write_csv(here / "l.csv", "odd,x")
+    is_answered(run("l.csv", "--out", "none", "--bucket", SMALL[0]), ["none of 1 clips", "odd: holds frames of several sizes"])
+    assert (here / "none" / REPORT).exists() and not (here / "none" / "index.json").exists()
     write_csv(here / "l.csv", "odd,x", "films/a.mp4,x")
     made = prepare("l.csv", "out", buckets=SMALL)
     assert made.clips == 1 and made.bad == [("odd", "holds frames of several sizes (32x32 and 48x32): convert it to one size")]
@@ -465,8 +479,10 @@ def test_a_second_run_reads_and_encodes_nothing(here: Path, monkeypatch: pytest.
     prepare("l.csv", "out", buckets=SMALL)
     before = hashes(here / "out")
     with monkeypatch.context() as patch:
-        for target, name in ((WanVAE, "encode"), (TextEncoder, "encode"), (catalog, "file_hash"), (catalog, "measure")):
-            patch.setattr(target, name, None)
+        for name in ("load_vae", "load_text_encoder", "write_sheet"):
+            patch.setattr(f"pusa_fast.training.prepare.{name}", None)
+        for name in ("file_hash", "measure"):
+            patch.setattr(catalog, name, None)
         again = prepare("l.csv", "out", buckets=SMALL)
     assert (again.clips, again.new, again.duplicates) == (2, 0, 1)
     assert hashes(here / "out") == before
