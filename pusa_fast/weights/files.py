@@ -231,6 +231,7 @@ def save(
     try:
         plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(plain, temporary, {"format": "pt", **(metadata or {})})
+        os.chmod(temporary, 0o644)  # safetensors writes for its owner alone; data sets are shared
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

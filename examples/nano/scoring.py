@@ -1,0 +1,161 @@
+"""How well a model does nano's tasks: clips made in batches by several processes, measured by the oracle, with 95 % intervals.
+
+A batch goes through the same functions as `Pipeline`, twenty clips at a time; that changes rounding, not results.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pusa_fast import Condition, Pipeline
+from pusa_fast.sampling import conditioning, sampler, task
+from pusa_fast.sampling.schedule import lift, sigma_grid
+from pusa_fast.training import sprites
+
+LOST = 32.0  # pixels of error of a frame in which nothing stands out
+BATCH = 20
+Scores = dict[str, float]
+Results = dict[str, dict[str, list[float]]]  # task -> measure -> one value a scene
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is scored: a model folder or "nano", its LoRAs ({path: strength}; None: its own), the sampler's steps (None: its own)."""
+
+    folder: str
+    lora: Mapping[str, float] | None = None
+    steps: int | None = None
+
+    def load(self) -> Pipeline:
+        lora = None if self.lora is None else {Path(path): strength for path, strength in self.lora.items()}
+        return Pipeline.from_pretrained(self.folder, lora=lora, device="cpu")
+
+
+def text_to_video(scene: sprites.Scene, truth: Tensor, clip: Tensor) -> Scores:
+    seen = sprites.measure(clip)
+    return {
+        "colour right %": 100.0 * (seen.colors[-1] == scene.color),
+        "shape right %": 100.0 * (seen.shapes[-1] == scene.shape),
+        "direction right %": 100.0 * (seen.direction == scene.direction),
+    }
+
+
+def image_to_video(scene: sprites.Scene, truth: Tensor, clip: Tensor) -> Scores:
+    seen, centers = sprites.measure(clip), scene.centers()
+    return {
+        "centroid error px": float(distance(seen.centers[1:], centers[1:]).mean()),
+        "direction right %": 100.0 * (seen.direction == scene.direction),
+        "colour kept %": 100.0 * all(c == scene.color for c in seen.colors[1:]),
+        "shape kept to the end %": 100.0 * (seen.shapes[-1] == scene.shape),
+        "seam jump px": float(distance(seen.centers[:1], seen.centers[1:2])),
+        "true motion there px": sprites.SPEEDS[scene.speed],
+        "first frame error /255": float((clip[0].float() - truth[0].float()).abs().mean()),
+    }
+
+
+def start_end(scene: sprites.Scene, truth: Tensor, clip: Tensor) -> Scores:
+    error = float(distance(sprites.measure(clip).centers[-1:], scene.centers()[-1:]))
+    return {"end position error px": error, "end within 2 px %": 100.0 * (error <= 2)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """`given`: (frame of the true clip, latent it is given as, noise); `score`: what the oracle makes of the result."""
+
+    given: tuple[tuple[int, int, float], ...]
+    score: Callable[[sprites.Scene, Tensor, Tensor], Scores]
+
+
+TASKS: Mapping[str, Task] = {
+    "text-to-video": Task((), text_to_video),
+    "image-to-video, noise 0": Task(((0, 0, 0.0),), image_to_video),
+    "image-to-video, noise 0.2": Task(((0, 0, 0.2),), image_to_video),
+    "start-end": Task(((0, 0, 0.0), (-1, -1, 0.2)), start_end),
+}
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).norm(dim=-1).nan_to_num(LOST)
+
+
+def interval(values: Sequence[float], percent: bool) -> tuple[float, float, float]:
+    """Mean and 95 % interval: Wilson's for shares, normal for measurements."""
+    x = torch.tensor(values, dtype=torch.float64)
+    n, mean, z = len(x), float(x.mean()), 1.96
+    if percent:
+        p = mean / 100
+        middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+        low, high = (100 * (middle + s * half) / (1 + z * z / n) for s in (-1, 1))
+        return mean, max(0.0, low), min(100.0, high)
+    half = z * float(x.std()) / n**0.5
+    return mean, mean - half, mean + half
+
+
+def held_out_scenes(count: int, seed: int) -> list[sprites.Scene]:
+    """Combinations of colour, shape and direction that no stage was trained on."""
+    generator = torch.Generator().manual_seed(seed)
+    return [sprites.draw_scene(generator, held_out=True) for _ in range(count)]
+
+
+@torch.no_grad()
+def make(pipe: Pipeline, captions: Sequence[str], truths: Tensor, given: Sequence[tuple[int, int, float]], seeds: Sequence[int], steps: int | None = None) -> Tensor:
+    """One clip a caption, uint8 [N, T, H, W, 3], as `pipe(caption, conditions=..., seed=...)` makes it. truths [N, T, H, W, 3]."""
+    defaults, config = pipe.defaults, pipe.vae.config
+    assert pipe.text_encoder is not None
+    starts = []
+    for truth, seed in zip(truths, seeds, strict=True):
+        plan = task.resolve([Condition(truth[frame], latent, noise) for frame, latent, noise in given], defaults["num_frames"], lambda _: None)
+        clean = conditioning.encode_conditions(plan, pipe.vae, lambda i, plan=plan: conditioning.to_video(plan.media[i][None], pipe.device))
+        size = (defaults["height"] // config.spatial_factor, defaults["width"] // config.spatial_factor)
+        noise = conditioning.initial_noise(seed, (1, config.z_dim, plan.latent_frames, *size))
+        schedule = lift(sigma_grid(steps or defaults["steps"], defaults["shift"]), plan.multipliers, "reference")
+        starts.append(conditioning.initial_latents(noise.to(pipe.device), schedule, plan.placements, clean))
+    context, empty = pipe.text_encoder.encode(captions), pipe.text_encoder.encode([defaults["negative_prompt"]])
+    negative = empty.expand_as(context).contiguous()
+    latents = sampler.sample(pipe.dit, torch.cat(starts), schedule, context, negative, defaults["guidance_scale"], mode="batch")
+    return torch.cat(list(pipe.vae.decode_frames(latents)), dim=1)
+
+
+def score(model: Model, scenes: Sequence[sprites.Scene], tasks: Sequence[str] = tuple(TASKS), workers: int | None = None) -> Iterator[tuple[int, Results]]:
+    """(scenes done, results so far) after each batch, in the order of the scenes; clip i has sampling seed i."""
+    starts = range(0, len(scenes), BATCH)
+    jobs = [(model, list(scenes[at : at + BATCH]), at, tuple(tasks)) for at in starts]
+    found: Results = {}
+    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), get_context("spawn"), _start) as pool:
+        for at, results in zip(starts, pool.map(_batch, jobs), strict=True):
+            for name, measures in results.items():
+                for measure, values in measures.items():
+                    found.setdefault(name, {}).setdefault(measure, []).extend(values)
+            yield min(at + BATCH, len(scenes)), found
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+
+
+_pipes: dict[Any, Pipeline] = {}
+
+
+def _batch(job: tuple[Model, list[sprites.Scene], int, tuple[str, ...]]) -> Results:
+    model, scenes, first, tasks = job
+    key = (model.folder, tuple((model.lora or {"own": 0.0}).items()), model.lora is None)
+    if key not in _pipes:
+        _pipes.clear()
+        _pipes[key] = model.load()
+    truths, captions = sprites.render(scenes), [sprites.caption(scene) for scene in scenes]
+    found: Results = {}
+    for name in tasks:
+        clips = make(_pipes[key], captions, truths, TASKS[name].given, range(first, first + len(scenes)), model.steps)
+        for scene, truth, clip in zip(scenes, truths, clips, strict=True):
+            for measure, value in TASKS[name].score(scene, truth, clip).items():
+                found.setdefault(name, {}).setdefault(measure, []).append(value)
+    return found
