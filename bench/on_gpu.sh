@@ -10,7 +10,7 @@
 # PYTHON   interpreter (default python3)
 # Results are written as they come in: a step that is cut short leaves what it had.
 set -u
-steps=(native tests e2e-480p ops vae-480p attention e2e-720p vae-720p dit e2e-480p-fp8 sanitizer)
+steps=(native tests e2e-480p train ops vae-480p attention e2e-720p vae-720p dit e2e-480p-fp8 sanitizer)
 cd "$(dirname "$0")/.."
 : "${OUT:?OUT names the folder for the results}"
 PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-570}
@@ -60,10 +60,11 @@ run_step() {
     native) step native 150 bash -c 'build_native' ;;
     sanitizer) step sanitizer 200 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_vae_cuda.py -k "tiles or stream" ;;
     tests)
-      step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels tests/test_vae_cuda.py tests/test_attention.py tests/test_dit.py tests/test_bench*.py
+      step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels tests/test_vae_cuda.py tests/test_attention.py tests/test_dit.py tests/test_train_memory.py tests/test_bench*.py
       sed -n '/^== tests$/,$p' "$OUT/log.txt" | tail -60 >"$OUT/tests.txt"
       ;;
     e2e-480p) bench e2e-480p 240 e2e "$e2e, \"size\": \"480p\"" ;;
+    train) bench train 240 train '"size": "480p"' ;;
     ops) bench ops 300 ops "" ;;
     vae-480p) bench vae-480p 150 vae '"size": "480p"' ;;
     attention) bench attention 180 attention "" ;;

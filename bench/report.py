@@ -1,6 +1,6 @@
 """`bench report`: writes the tables between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` from bench/results/*.json.
 
-Figures in README.md, the READMEs of kernels and bench, docs/performance.md and docs/numerics.md come from here and are never typed. A table shows
+Figures in README.md, the READMEs of kernels and bench, docs/performance.md, docs/numerics.md and docs/training.md come from here and are never typed. A table shows
 the latest result of each machine, GPUs first; runs with --quick are left out.
 """
 
@@ -19,7 +19,7 @@ from bench.registry import FILES, OPS
 Row = dict[str, Any]
 Results = list[Row]
 
-DOCUMENTS = ("README.md", "kernels/README.md", "bench/README.md", "docs/performance.md", "docs/numerics.md")
+DOCUMENTS = ("README.md", "kernels/README.md", "bench/README.md", "docs/performance.md", "docs/numerics.md", "docs/training.md")
 AHEAD_OF_TIME = "ahead_of_time.json"
 _MARKER = re.compile(r"<!-- (?P<close>/?)bench:(?P<name>[a-z0-9_-]+) -->")
 
@@ -90,7 +90,7 @@ def latest(results: Results, kind: str) -> Results:
     return sorted(found.values(), key=lambda result: result["card"]["gpu"] is None)
 
 
-_APART = {"e2e": ("model", "size"), "vae": ("size",)}
+_APART = {"e2e": ("model", "size"), "vae": ("size",), "train": ("size",)}
 
 
 def _sections(results: Results, kind: str, table: Callable[[Row], str]) -> str:
@@ -307,6 +307,28 @@ def _numerics_table(result: Row) -> str:
 
 
 _SHOWN_MODELS = ("14B", "VAE 96 bfloat16")
+def _train(results: Results, _: list[Row]) -> str:
+    return _sections(results, "train", lambda result: (_train_cuda if result["card"]["gpu"] else _train_cpu)(result))
+
+
+def _train_cpu(result: Row) -> str:
+    rows = [
+        [name, f"{own['median']:.3f} ({own['p20']:.3f}-{own['p80']:.3f})", f"{result['peak_mib'][name]:.4g}"]
+        for name, own in result["seconds"].items()
+    ]
+    text = f"nano, {result['batch']} clips ({result['tokens']} tokens), LoRA of rank {result['rank']}, float32.\n\n"
+    text += markdown(("formulation", "s a step (p20-p80)", "peak MiB beyond weights"), rows)
+    faster = f"{result['speedup']:.2f} times as fast as the reference's formulation. " if "speedup" in result else ""
+    return f"{text}\n\n{faster}`train --plan` had said {result['planned_step_mib']:.4g} MiB."
+
+
+def _train_cuda(result: Row) -> str:
+    own = result["seconds"]
+    cells = [result["size"], str(result["layers"]), str(result["rank"]), f"{own['median']:.2f}", f"{result['peak_gib']:.4g}", f"{result['planned_gib']:.4g}"]
+    columns = ("clip", "blocks", "rank", "s a step", "peak GiB", "planned GiB", "MFU")
+    return f"14B shapes, random weights, one clip of 81 frames a step.\n\n{markdown(columns, [[*cells, str(result['mfu'])]])}"
+
+
 TABLES: Mapping[str, Callable[[Results, list[Row]], str]] = {
     "ops": _ops,
     "attention": _attention,
@@ -316,4 +338,5 @@ TABLES: Mapping[str, Callable[[Results, list[Row]], str]] = {
     "kernels": _kernels,
     "registers": _registers,
     "numerics": _numerics,
+    "train": _train,
 }
