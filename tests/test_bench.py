@@ -423,3 +423,12 @@ def test_random_weights_run_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = recorder.result["forward"]
     assert forward["tokens"] == 2 * 2 * 3 and forward["x_roofline"] > 0
     run_e2e._show(recorder)
+
+
+def test_a_training_step_beside_the_reference() -> None:
+    """Loss and gradients of both formulations agree, and the plan's memory is what was measured."""
+    pytest.importorskip("peft")
+    found = harness.execute("train", harness.Options("cpu", True))
+    assert found["relative_error"]["loss"] < 1e-5 and found["relative_error"]["gradient"] < 1e-3
+    assert found["speedup"] > 0 and found["peak_mib"]["pusa"] < found["peak_mib"]["reference"]
+    assert found["planned_step_mib"] == pytest.approx(found["peak_mib"]["pusa"], rel=0.1)

@@ -158,7 +158,7 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
     root = documents(tmp_path, text=marked)
     report.run(root=root)
     empty = (root / "README.md").read_text()
-    assert empty.count("No results yet") == 6 and "Not compiled yet" in empty and "No GPU has measured these yet" in empty
+    assert empty.count("No results yet") == 7 and "Not compiled yet" in empty and "No GPU has measured these yet" in empty
 
     spread = {"median": 2.0, "p20": 1.0, "p80": 3.0}
     attention = {
@@ -193,6 +193,10 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
     drift = {"psnr_db": {"mean": 35.26, "min": 31.0}, "same_direction": {"mean": 0.75}, "end_apart_px": {"mean": 0.5, "max": 1.25}}
     numerics = {"model": "nano", "clips_compared": 4, "emulated": True, "blocks": {"fp8": [0.0123, 0.034]}, "clips": {"fp8, t2v": drift}}
     write(root / "bench/results/numerics.json", {"bench": "numerics", "card": card(), **numerics, **named})
+    step = {"seconds": {"pusa": spread, "reference": spread}, "peak_mib": {"pusa": 244.1, "reference": 338.4}, "planned_step_mib": 244.3}
+    write(root / "bench/results/train.json", {"bench": "train", "card": card(), "batch": 32, "rank": 16, "tokens": 2560, "speedup": 1.413, **step, **named})
+    gpu = {"size": "480p", "layers": 40, "rank": 512, "seconds": spread, "peak_gib": 101.5, "planned_gib": 100.0, "mfu": 0.45}
+    write(root / "bench/results/train-gpu.json", {"bench": "train", "card": card("NVIDIA H200"), **gpu, **named})
     report.run(root=root)
     full = (root / "README.md").read_text()
     for line in (
@@ -213,6 +217,9 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
         "| relative error of | block 1 | velocity |",
         "| fp8 | 0.012 | 0.034 |",
         "| fp8, t2v | 35.3 (31.0) | 75 % | 0.50 (1.25) |",
+        "| pusa | 2.000 (1.000-3.000) | 244.1 |",
+        "1.41 times as fast as the reference's formulation. `train --plan` had said 244.3 MiB.",
+        "| 480p | 40 | 512 | 2.00 | 101.5 | 100 | 0.45 |",
         "nano, 4 clips of each task, against float32. fp8 emulated.",
         "Other sizes (nano): at most 65 registers, 0 spills, 16 bytes",
     ):
@@ -257,13 +264,13 @@ def test_the_gpu_script_goes_on_after_a_failure(tmp_path: Path) -> None:
     done = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t")[:-1] for line in calls.read_text().splitlines()]
-    assert [words[1] for words in lines] == ["pybind11", "pytest", *["bench"] * 8]
+    assert [words[1] for words in lines] == ["pybind11", "pytest", *["bench"] * 9]
     for words in lines[2:]:
         options = harness.Options.from_json(words[3])
         assert words[2] in harness.RUNS and options.device == "cuda" and options.seconds >= 30
         assert Path(options.out).parent == tmp_path / "out"
         assert words[2] != "e2e" or run_e2e._plan(replace(options, device="cuda"), torch.device("cuda"))["steps"] == 4
-    assert done.stdout.count("exit 3") == 10
+    assert done.stdout.count("exit 3") == 11
     assert [harness.Options.from_json(words[3]).size for words in lines[2:] if words[2] == "vae"] == ["480p", "720p"]
     wrong = subprocess.run([script, "speed"], env=environment, capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2 and "speed: no such step" in wrong.stderr
