@@ -7,7 +7,10 @@ import functools
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 HAS_CUDA = torch.cuda.is_available()
 
 if not HAS_CUDA:
@@ -100,3 +104,78 @@ def ops_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def manifest() -> Callable[[str], Any]:
     """`manifest("wan2.1-vae")`: tests/manifests/wan2.1-vae.json, the tensors of a published checkpoint; a copy."""
     return lambda name: copy.deepcopy(_document(HERE / "manifests" / f"{name}.json"))
+
+
+@dataclass(frozen=True)
+class TinyTraining:
+    """Two blocks of width 48 with random weights, eleven clips of two shapes, and settings that train on them in milliseconds."""
+
+    dit: Path
+    clips: Path
+    runs: Path
+
+    def values(self, run: str = "run", **changes: Any) -> dict[str, Any]:
+        """Plain settings of a run in `runs`; those that are tables are merged with a change, not replaced by it."""
+        found: dict[str, Any] = {
+            "data": {"path": str(self.clips)}, "out": str(self.runs / run), "model": "nano", "dit": str(self.dit), "device": "cpu",
+            "steps": 6, "batch_size": 4, "seed": 3, "lora": {"rank": 4}, "optim": {"lr": 0.01}, "checkpoints": {"every": 0},
+        }  # fmt: skip
+        for name, value in changes.items():
+            found[name] = {**found[name], **value} if isinstance(value, dict) and isinstance(found.get(name), dict) else value
+        return found
+
+    def config(self, run: str = "run", **changes: Any) -> Any:
+        from pusa_fast.training.config import parse_config
+
+        return parse_config(self.values(run, **changes))
+
+
+@pytest.fixture(scope="session")
+def _tiny_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    from pusa_fast import DiTConfig, WanDiT
+    from pusa_fast.testing import make_input
+    from pusa_fast.training.store import StoreWriter
+    from pusa_fast.weights import checkpoint, keymap
+
+    folder = tmp_path_factory.mktemp("tiny")
+    config = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=64, freq_dim=32)
+    torch.manual_seed(11)
+    dit = WanDiT(config)
+    torch.nn.init.normal_(dit.head.head.weight, std=0.05)  # an untrained head is zero, and so would be every gradient
+    checkpoint.save(folder / "dit.safetensors", keymap.unpack(dit.state_dict()), config)
+    about = {"vae": "v", "text": "t", "channels": 16, "text_dim": 64, "text_len": 6}
+    with StoreWriter(folder / "clips", about, shard_clips=4) as writer:
+        writer.write_empty_text(make_input(1, 64, seed=99))
+        for i in range(11):
+            writer.add(
+                f"{i:03d}", make_input(16, 2 + i % 2, 4, 4, seed=i), make_input(1 + i % 6, 64, seed=50 + i),
+                source=f"{i}.mp4", caption=f"clip {i}",
+            )  # fmt: skip
+    return folder / "dit.safetensors", folder / "clips"
+
+
+@pytest.fixture
+def tiny(_tiny_files: tuple[Path, Path], tmp_path: Path) -> TinyTraining:
+    return TinyTraining(*_tiny_files, tmp_path)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`start("-m", "pusa_fast.cli", ...)`: Python on this checkout in a folder of its own; what still runs at the end is killed."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(*words: str | Path) -> subprocess.Popen[str]:
+        command = [sys.executable, *map(str, words)]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
