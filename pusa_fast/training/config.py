@@ -145,6 +145,8 @@ class TrainConfig(_Part):
             raise ValueError(f"warmup_steps {self.optim.warmup_steps} leaves nothing of {self.steps} steps: lower it")
         if self.optim.name == "muon" and self.lora is not None:
             raise ValueError("optim.name muon is for full fine-tuning: use adamw with a LoRA, or lora: null")
+        if self.memory.offload and self.memory.checkpointing == "none":
+            raise ValueError("memory.offload moves what checkpoints keep: set checkpointing to attention or block")
         return self
 
     def sampling(self, shift: float) -> TimestepSampling:
@@ -153,10 +155,11 @@ class TrainConfig(_Part):
         return TimestepSampling(chosen.p_async, chosen.first_frame_clean, chosen.levels, chosen.shift or shift)
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint depends on: settings that may not change between its steps and those after it."""
-        free = {"out", "device", "attention", "parallel", "memory", "checkpoints", "validation", "logging", "accumulate"}
+        """What a checkpoint depends on: settings that may not change between its steps and those after it. Not where the clips lie."""
+        free: dict[str, Any] = dict.fromkeys(("out", "device", "attention", "parallel", "memory", "checkpoints", "validation", "logging", "accumulate"), True)
+        free["data"] = {"path"}
         if self.optim.schedule == "constant":
-            free.add("steps")
+            free["steps"] = True
         return self.model_dump(mode="json", exclude=free)
 
 
@@ -167,8 +170,7 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
     """
     values: dict[str, Any] = {}
     if path is not None:
-        with open(path, encoding="utf-8") as file:
-            values = _mapping(file.read(), str(path))
+        values = _mapping(Path(path).read_bytes(), str(path))
     for override in overrides:
         _set(values, override)
     return parse_config(values, "the settings" if path is None else str(path))
@@ -177,7 +179,7 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
 def parse_config(values: Mapping[str, Any], label: str = "the settings") -> TrainConfig:
     """`TrainConfig` from plain values. Raises ValueError that names every setting that is wrong."""
     try:
-        return TrainConfig(**values)
+        return TrainConfig.model_validate({str(name): value for name, value in values.items()})
     except ValidationError as error:
         wrong = [
             f"{'.'.join(str(part) for part in e['loc']) or 'settings'}: {e['msg'].removeprefix('Value error, ')}"
@@ -192,7 +194,7 @@ def dump_config(config: TrainConfig) -> str:
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def _mapping(text: str, label: str) -> dict[str, Any]:
+def _mapping(text: bytes, label: str) -> dict[str, Any]:
     try:
         found = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
