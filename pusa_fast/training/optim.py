@@ -32,6 +32,9 @@ def build_optimizers(named: Mapping[str, nn.Parameter], config: Optim) -> list[t
             groups.values(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
     )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # before a checkpoint puts the rate of its step there
     return optimizers
 
 
@@ -54,7 +57,7 @@ def set_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None
     """Multiply every group's own learning rate, kept as `initial_lr`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            group["lr"] = group["initial_lr"] * factor
 
 
 class Average:
