@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -49,9 +51,15 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def best(self) -> dict[str, Any] | None:
-        """{"step", "loss"} of the lowest validation loss so far."""
+        """{"step", "loss"} of the lowest validation loss so far; None where its checkpoint was deleted."""
         path = self.folder / BEST
-        return dict(json.loads(path.read_text())) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            found = dict(json.loads(path.read_text()))
+            return found if (self.path(int(found["step"])) / STATE).is_file() and math.isfinite(found["loss"]) else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}): delete it, the best is then sought anew") from None
 
     def save(
         self,
@@ -68,11 +76,11 @@ class Checkpoints:
         """
         final = self.path(step)
         part = final.with_name(final.name + ".part")
-        if self.world.is_first:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        self.world.barrier()
         try:
+            if self.world.is_first:
+                self._sweep()
+                part.mkdir(parents=True)
+            self.world.barrier()
             with _alone(self.world):
                 save(_state(model, optimizers, average), checkpoint_id=part, no_dist=self.world.size == 1)
             if self.world.is_first:
@@ -85,7 +93,12 @@ class Checkpoints:
         except BaseException as error:
             if self.world.is_first:
                 shutil.rmtree(part, ignore_errors=True)
-            raise self._explained(error, step) from error
+            cause = _unwrapped(error)
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._no_space(step) from error
+            if isinstance(cause, OSError) and cause is not error:
+                raise cause from None
+            raise
         self.world.barrier()
 
     def restore(
@@ -101,9 +114,10 @@ class Checkpoints:
         path = self.path(steps[-1])
         try:
             about = dict(json.loads((path / STATE).read_text()))
-        except ValueError as error:
-            raise ValueError(f"{path / STATE} is damaged ({error}): delete {path} to go on from the checkpoint before it") from None
-        if differing := _differences(about["identity"], self.identity):
+            then, _ = dict(about["identity"]), int(about["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path / STATE} is damaged ({error!r}): delete {path} to go on from the checkpoint before it") from None
+        if differing := _differences(then, self.identity):
             raise ValueError(
                 f"{path} is of another configuration: {'; '.join(differing[:4])}. Give another out, or go back to those settings"
             )
@@ -111,9 +125,12 @@ class Checkpoints:
         try:
             with _alone(self.world):
                 load(state, checkpoint_id=path, no_dist=self.world.size == 1)
-        except Exception as error:  # torch raises many kinds for files that are not what they should be
+        except (Exception, CheckpointException) as error:  # torch raises many kinds for files that are not what they should be
+            cause = _unwrapped(error)
+            if not isinstance(cause, Exception):
+                raise
             raise ValueError(
-                f"{path} cannot be read ({' '.join(str(error).split())[:200]}): delete it to go on from the checkpoint before it"
+                f"{path} cannot be read ({' '.join(repr(cause).split())[:200]}): delete it to go on from the checkpoint before it"
             ) from error
         set_state_dict(
             model, list(optimizers), model_state_dict=state["model"], optim_state_dict=state["optim"],
@@ -128,18 +145,25 @@ class Checkpoints:
         kept = {*steps[-self.keep :], best["step"] if best else -1}
         for step in steps:
             if step not in kept:
+                (self.path(step) / STATE).unlink(missing_ok=True)  # killed from here on, it is none
                 shutil.rmtree(self.path(step), ignore_errors=True)
 
-    def _explained(self, error: BaseException, step: int) -> BaseException:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error) or "no space left" in str(error):
-            steps = self.steps()
-            last = f"the last one is {self.path(steps[-1])}" if steps else "there is none yet"
-            return OSError(f"the disk is full: no checkpoint of step {step} ({last}). Free some space and start the same command again")
-        return error
+    def _sweep(self) -> None:
+        """Remove what killed runs left half written."""
+        for path in self.folder.glob("*.part"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _no_space(self, step: int) -> OSError:
+        steps = self.steps()
+        last = f"the last one is {self.path(steps[-1])}" if steps else "there is none yet"
+        return OSError(f"the disk is full: no checkpoint of step {step} ({last}). Free some space and start the same command again")
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """What happened in a process, where torch.distributed.checkpoint says only that something did."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return error
 
 
 @contextmanager
