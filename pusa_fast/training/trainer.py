@@ -73,6 +73,9 @@ def check(config: TrainConfig) -> tuple[ModelFiles, LatentStore]:
     """The model's files and the clips. Raises what `train` does for settings, files and clips that cannot work together."""
     metrics.check_loggers(config)
     files, store = find_model(config.model), LatentStore(config.data.path)
+    stills = [clip.source for clip in store.clips if clip.shape[1] == 1]
+    if config.objective.first_frame_clean and stills:
+        raise ValueError(f"{stills[0]} has one latent frame, of which objective.first_frame_clean leaves nothing to learn: leave it out")
     if config.dit is not None and not config.dit.exists():
         raise FileNotFoundError(f"dit {config.dit} does not exist: give a transformer's file or folder")
     if config.lora is not None and config.lora.start is not None and not config.lora.start.exists():
@@ -104,14 +107,14 @@ class Trainer:
         )  # fmt: skip
         self.dtype = DTYPES[config.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")]
         resolve(config.attention, world.device, self.dtype, grad=True)
+        sharded = config.parallel == "fsdp" and world.size > 1
+        if sharded and config.optim.name == "muon":
+            raise ValueError("optim.name muon needs whole matrices: use parallel ddp, or adamw")
         dtype = self.dtype if config.lora else torch.float32
         self.dit = base or load_dit(config.dit or files.dit, device=world.device, dtype=dtype)
         _prepare(self.dit, config)
         _check_clips(store, self.dit)
         save_memory(self.dit, config.memory.checkpointing, config.memory.offload)
-        sharded = config.parallel == "fsdp" and world.size > 1
-        if sharded and config.optim.name == "muon":
-            raise ValueError("optim.name muon needs whole matrices: use parallel ddp, or adamw")
         self.forward = distribute(self.dit, config.parallel, world, None if config.lora else self.dtype)
         self._autocast = config.lora is None and self.dtype is not torch.float32 and not sharded
         named = {name: p for name, p in self.dit.named_parameters() if p.requires_grad}
@@ -161,6 +164,7 @@ class Trainer:
         optim.set_rate(self.optimizers, optim.rate(self.step, config.steps, config.optim))
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        frames: list[Tensor] = []
         total, levels = torch.zeros((), device=self.world.device), torch.zeros(2, 4, dtype=torch.float64, device=self.world.device)
         for number, batch in enumerate(parts, 1):
             with accumulating(self.forward, last=number == len(parts)):
@@ -168,11 +172,12 @@ class Trainer:
                 torch.autograd.backward(loss / len(parts))
             total += loss.detach() / len(parts)
             levels += metrics.level_errors(sigma, errors)
+            frames.append(errors)
         norm = _whole(nn.utils.clip_grad_norm_(self.parameters, config.optim.clip_norm or math.inf))
         sums = self.world.sum(torch.cat([total.double()[None], levels.flatten()]))
         mean = float(sums[0]) / self.world.size
         if not math.isfinite(mean) or not math.isfinite(float(norm)):
-            raise self._no_number(mean, float(norm), parts)
+            raise self._no_number(mean, float(norm), parts, frames)
         for optimizer in self.optimizers:
             optimizer.step()
         if self.average is not None:
@@ -265,12 +270,15 @@ class Trainer:
                 flush=True,
             )
 
-    def _no_number(self, loss: float, norm: float, parts: list[Batch]) -> FloatingPointError:
-        clips = ", ".join(f"{c.source} ({c.caption!r})" for b in parts for c in b.clips)
+    def _no_number(self, loss: float, norm: float, parts: list[Batch], frames: list[Tensor]) -> FloatingPointError:
+        """Names the clips whose errors are no numbers; where all are, those of the batch. Each process knows of its own."""
+        clips = [clip for batch in parts for clip in batch.clips]
+        bad = [clip for clip, own in zip(clips, torch.cat(frames).isfinite().all(1).tolist(), strict=True) if not own]
+        named = ", ".join(f"{c.source} ({c.caption!r})" for c in (bad or clips))
         steps = self.checkpoints.steps()
         last = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
         return FloatingPointError(
-            f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm} on {clips}; {last}. "
+            f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm} on {named}; {last}. "
             "Lower optim.lr, set optim.clip_norm, or leave these clips out"
         )
 
