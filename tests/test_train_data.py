@@ -107,7 +107,7 @@ def test_levels_and_noise_of_a_clip_are_its_own(store: LatentStore) -> None:
     batch = take(data(store), 1)[0][0]
     F = batch.latents.shape[2]
     assert batch.sigma.shape == (8, F) and len({tuple(row.tolist()) for row in batch.sigma}) == 8
-    assert 0 < float(batch.sigma.min()) and float(batch.sigma.max()) <= 1
+    assert float(batch.sigma.min()) > 0 and float(batch.sigma.max()) <= 1
     for place, clip in enumerate(batch.clips):
         index = store.clips.index(clip)
         assert torch.equal(batch.latents[place], store.latents(index)) and torch.equal(batch.context[place], store.text(index))
