@@ -15,7 +15,7 @@ from pusa_fast.weights import checkpoint, keymap
 
 ARCHITECTURE = DiTConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, text_dim=64, freq_dim=64)
 SHIFT = 3.0
-BASE_STEPS, LORA_STEPS, LORA_RANK, BATCH = 7000, 1200, 32, 32
+BASE_STEPS, LORA_STEPS, LORA_RANK, BATCH = 9600, 1200, 32, 32
 
 
 def base_steps(scale: float) -> int:

@@ -84,10 +84,10 @@ class Nano:
 
     def export(self) -> None:
         """Write the base, or the VAE, as it stands in its newest checkpoint."""
-        if (self.run / "base" / "checkpoints").is_dir():
-            start = self.stages.get("base", {}).get("steps", 0)
+        start = self.stages.get("base", {}).get("steps", 0)
+        if (self._base_run(start) / "checkpoints").is_dir():
             done = export_run(self._base_config(start))
-            self._record("base", start + done.step, self._save_base(done))
+            self._record("base", start + done.step, self._save_base(done, start))
             return
         if not (self.run / "vae.pt").exists():
             raise SystemExit(f"{self.run} holds no checkpoint of a VAE or base: train first")
@@ -113,25 +113,30 @@ class Nano:
 
     def _base(self, start: int) -> dict[str, Any]:
         self._describe()
-        return self._save_base(_finished(train(self._base_config(start))))
+        return self._save_base(_finished(train(self._base_config(start))), start)
+
+    def _base_run(self, start: int) -> Path:
+        return self.run / f"base-from-{start}"
 
     def _base_config(self, start: int) -> TrainConfig:
         """From nothing, or from the shipped weights after `start` steps, with another order of clips."""
-        first = self.run / f"base-from-{start}.safetensors"
+        first = self._base_run(start).with_suffix(".safetensors")
         if not first.exists():
             self.run.mkdir(parents=True, exist_ok=True)
             if start:
                 shutil.copyfile(self.out / "dit.safetensors", first)
             else:
                 dit.write_untrained(first, self.seed)
-        config = dit.base_config(self.out, first, self._clips(), self.run / "base", self.seed + start, self.scale)
+        config = dit.base_config(self.out, first, self._clips(), self._base_run(start), self.seed + start, self.scale)
         return config.model_copy(update={"steps": config.steps - start})
 
-    def _save_base(self, done: Outcome) -> dict[str, Any]:
+    def _save_base(self, done: Outcome, start: int) -> dict[str, Any]:
         assert done.weights is not None
         model = load_dit(done.weights)
         checkpoint.save(self.out / "dit.safetensors", half(keymap.unpack(model.state_dict())), model.config)
-        return _figures(self.run / "base")
+        figures = _figures(self._base_run(start))
+        figures["seconds"] += self.stages.get("base", {}).get("seconds", 0.0)
+        return figures
 
     def _lora(self, start: int) -> dict[str, Any]:
         # On the weights as they are shipped, so that the adapter fits their rounding.
