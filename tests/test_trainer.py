@@ -30,7 +30,7 @@ from pusa_fast.training.parallel import World
 from pusa_fast.training.store import LatentStore, StoreWriter
 from pusa_fast.training.trainer import Trainer, check, train
 
-TIMINGS = ("seconds", "tokens_per_second")
+TIMINGS = ("seconds", "tokens_per_second", "memory_gib")
 # Everything that has a state: a schedule, averages, dropped captions.
 STATEFUL: dict[str, Any] = {
     "optim": {"schedule": "cosine", "warmup_steps": 2, "ema_decay": 0.9, "clip_norm": 1.0},

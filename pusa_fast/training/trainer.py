@@ -257,8 +257,7 @@ class Trainer:
         row |= {"seconds": round(seconds, 4), "tokens_per_second": round(tokens * self.world.size / seconds, 1)}
         if self.peak is not None:
             row["mfu"] = round(work / seconds / self.peak, 4)
-        if self.world.device.type == "cuda":
-            row["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        row["memory_gib"] = round(metrics.peak_memory(self.world.device) / 2**30, 3)
         return row
 
     def _say(self, row: Mapping[str, Any]) -> None:
