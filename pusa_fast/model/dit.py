@@ -200,7 +200,8 @@ class WanDiT(nn.Module):
 
     Attributes: `config`; `attention_backend`, a name of `pusa_fast.attention`; `precision`, "fp8" where the products are
     quantised (`model.fp8`), else None; `weights_version`, which whoever changes weights in place increments, so that states
-    prepared before are refused.
+    prepared before are refused; `closed_blocks`, set where a block's weights are there only while it runs (FSDP): nothing made
+    of them is then made before it or used after it, as is the rule under autograd.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -209,6 +210,7 @@ class WanDiT(nn.Module):
         self.attention_backend = "auto"
         self.precision: str | None = None
         self.weights_version = 0
+        self.closed_blocks = False
         self._rope = RopeCache(config.head_dim)
         D = config.dim
         self.patch_embedding = nn.Conv3d(config.in_channels, D, config.patch_size, config.patch_size)
@@ -253,7 +255,8 @@ class WanDiT(nn.Module):
         t_emb_RD, t_mod_R6D, rows_SBF = self._time_tables(timesteps_SBF.to(self.device, torch.float32))
         context_BTD = self.text_embedding(contexts_BTE.to(self.device, self.dtype))
         layers = [module for module in self.modules() if isinstance(module, CrossAttention)]
-        cross = tuple(context_BTD if torch.is_grad_enabled() else layer.prepare(context_BTD) for layer in layers)
+        closed = self.closed_blocks or torch.is_grad_enabled()
+        cross = tuple(context_BTD if closed else layer.prepare(context_BTD) for layer in layers)
         return DiTState(t_emb_RD, t_mod_R6D, rows_SBF, cross, self.weights_version)
 
     def denoise(self, x_BCFhw: Tensor, step: int, state: DiTState) -> Tensor:
@@ -274,12 +277,12 @@ class WanDiT(nn.Module):
             raise ValueError(f"x must have the batch {B} and the {F} frames prepared for, got {list(x_BCFhw.shape)}")
         rows_BF = state.rows_SBF[step]
         t_mod_BF6D, t_emb_BFD = state.t_mod_R6D[rows_BF], state.t_emb_RD[rows_BF]
-        rope, recording = self._rope(grid, x_BCFhw.device), torch.is_grad_enabled()
+        rope, closed = self._rope(grid, x_BCFhw.device), self.closed_blocks or torch.is_grad_enabled()
         # Under autocast the products run in bf16 while the residual stream stays in the weights' dtype.
         x_BLD, pending = self._patchify(x_BCFhw.to(self.dtype)).to(self.dtype), Pending()
         for block, cross in zip(self.blocks, state.cross, strict=True):
             # Decided here, once: a checkpoint runs the block again in another gradient mode.
-            x_BLD, pending = block(x_BLD, pending, t_mod_BF6D, cross, rope, grid, self.attention_backend, recording)
+            x_BLD, pending = block(x_BLD, pending, t_mod_BF6D, cross, rope, grid, self.attention_backend, closed)
         return self._unpatchify(self.head(x_BLD, pending, t_emb_BFD), grid).to(x_BCFhw.dtype)
 
     def _grid(self, x_BCFhw: Tensor) -> Grid:

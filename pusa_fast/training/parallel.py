@@ -72,7 +72,9 @@ def distribute(dit: WanDiT, strategy: str, world: World, dtype: torch.dtype | No
     if world.size == 1:
         return dit
     if strategy == "fsdp":
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # Inputs stay as they are: timesteps, modulation and rotary tables are float32 for a reason.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        dit.closed_blocks = True
         for block in dit.blocks:
             fully_shard(block, mp_policy=policy)
         fully_shard(dit, mp_policy=policy)
@@ -92,12 +94,12 @@ def accumulating(model: Any, last: bool) -> AbstractContextManager[Any]:
 
 @contextmanager
 def gathered(dit: nn.Module) -> Iterator[None]:
-    """All parameters of an FSDP model whole, for calls that are no forward pass of it."""
-    sharded = [module for module in dit.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.unshard()
+    """What an FSDP model has outside its blocks, whole, for calls that are no forward pass of it. Blocks gather themselves."""
+    if not isinstance(dit, FSDPModule):
+        yield
+        return
+    dit.unshard()
     try:
         yield
     finally:
-        for module in sharded:
-            module.reshard()
+        dit.reshard()
