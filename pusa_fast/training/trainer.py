@@ -151,7 +151,7 @@ class Trainer:
                         self._save(loss if validated == self.step else None)
                         saved = self.step
                 if saved != self.step:
-                    self._save(None)
+                    self._save(loss if validated == self.step else None)
         finally:
             if log is not None:
                 log.close()
