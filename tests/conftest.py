@@ -106,6 +106,11 @@ def manifest() -> Callable[[str], Any]:
     return lambda name: copy.deepcopy(_document(HERE / "manifests" / f"{name}.json"))
 
 
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    tables = {n: {**values[n], **v} for n, v in changes.items() if isinstance(v, dict) and isinstance(values.get(n), dict)}
+    return values | changes | tables
+
+
 @dataclass(frozen=True)
 class TinyTraining:
     """Two blocks of width 48 with random weights, eleven clips of two shapes, and settings that train on them in milliseconds."""
@@ -120,9 +125,7 @@ class TinyTraining:
             "data": {"path": str(self.clips)}, "out": str(self.runs / run), "model": "nano", "dit": str(self.dit), "device": "cpu",
             "steps": 6, "batch_size": 4, "seed": 3, "lora": {"rank": 4}, "optim": {"lr": 0.01}, "checkpoints": {"every": 0},
         }  # fmt: skip
-        for name, value in changes.items():
-            found[name] = {**found[name], **value} if isinstance(value, dict) and isinstance(found.get(name), dict) else value
-        return found
+        return merged(found, changes)
 
     def config(self, run: str = "run", **changes: Any) -> Any:
         from pusa_fast.training.config import parse_config
