@@ -67,12 +67,14 @@ def save_memory(dit: WanDiT, mode: str, offload: bool = False) -> None:
 
 @dataclass(eq=False)
 class _Parked:
-    """A tensor on its way to the host, there, or on its way back."""
+    """A tensor of block `block` (counted as they run) on its way to the host, there, or on its way back."""
 
     host: Tensor
     device: torch.device
+    block: int
     back: Tensor | None = None
-    number: int = 0
+    ready: Any = None  # the event after its copy back: to wait for the stream would be to wait for the next block's copies too
+    used: bool = False
 
 
 class Offload:
@@ -85,9 +87,10 @@ class Offload:
         self._cuda, self._smallest = device.type == "cuda", smallest  # bytes
         self._away: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._home: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
-        self._parked: list[_Parked] = []
+        self._parked: list[list[_Parked]] = []  # by block
 
     def run(self, checkpointed: Run, function: Run, *inputs: Any) -> Any:
+        self._parked.append([])
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             return checkpointed(function, *inputs)
 
@@ -99,21 +102,23 @@ class Offload:
             host.copy_(tensor.detach(), non_blocking=True)
         if self._away is not None:
             tensor.record_stream(self._away)
-        parked = _Parked(host, tensor.device, number=len(self._parked))
-        self._parked.append(parked)
+        parked = _Parked(host, tensor.device, len(self._parked) - 1)
+        self._parked[-1].append(parked)
         return parked
 
     def _unpack(self, saved: Tensor | _Parked) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
         back = self._fetch(saved)
-        if saved.number:
-            self._fetch(self._parked[saved.number - 1])
-        else:
+        saved.back, saved.used = None, True
+        del self._parked[saved.block + 1 :]  # the backward pass is done with those
+        for ahead in self._parked[saved.block - 1] if saved.block else ():
+            if not ahead.used:
+                self._fetch(ahead)
+        if not saved.block:
             self._parked.clear()
-        saved.back = None
         if self._home is not None:
-            torch.cuda.current_stream(saved.device).wait_stream(self._home)
+            torch.cuda.current_stream(saved.device).wait_event(saved.ready)
             back.record_stream(torch.cuda.current_stream(saved.device))
         return back
 
@@ -121,6 +126,7 @@ class Offload:
         if parked.back is None:
             with self._on(self._home, after=self._away):
                 parked.back = parked.host.to(parked.device, non_blocking=True, copy=True)
+                parked.ready = None if self._home is None else self._home.record_event()
         return parked.back
 
     def _on(self, stream: Any, after: Any = None) -> AbstractContextManager[Any]:
