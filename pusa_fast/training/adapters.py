@@ -57,7 +57,7 @@ def write_lora(path: str | os.PathLike[str], updates: Updates, style: str = "rel
     if style not in STYLES:
         raise ValueError(f"LoRA style {style!r} is unknown: choose one of {', '.join(STYLES)}")
     cast = {name: (A.to(dtype or A.dtype), B.to(dtype or B.dtype)) for name, (A, B) in updates.items()}
-    save(Path(path), STYLES[style](cast), {"style": style})
+    save(Path(path), STYLES[style](cast))  # no metadata of our own: safetensors writes several entries in any order
 
 
 def read_updates(path: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
