@@ -9,7 +9,7 @@ import torch
 import typer
 
 from pusa_fast.training import adapters
-from pusa_fast.training.config import load_config
+from pusa_fast.training.config import Validation, load_config
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,7 +33,8 @@ def _lora(source: Path) -> Path:
         return source
     from pusa_fast.training.trainer import export_run
 
-    config = load_config(source / "config.yaml").model_copy(update={"out": source})
+    here = {"out": source, "device": None, "attention": "auto", "parallel": "auto", "validation": Validation()}
+    config = load_config(source / "config.yaml").model_copy(update=here)
     if config.lora is None:
         raise ValueError(f"{source} trained all weights, not a LoRA: load its dit.safetensors")
     weights = export_run(config).weights
