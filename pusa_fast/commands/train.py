@@ -29,6 +29,7 @@ def run(path: str | None, overrides: Sequence[str], plan: bool) -> None:
     if done.weights is not None:
         typer.echo(f"wrote {os.path.relpath(done.weights)}")
         return
-    typer.echo(f"stopped after step {done.step} of {config.steps}, with a checkpoint: the same command goes on")
+    where = f"after step {done.step} of {config.steps}, with a checkpoint" if done.step else "before the first step"
+    typer.echo(f"stopped {where}: the same command goes on")
     if done.signal == signal.SIGINT:
         raise typer.Exit(130)
