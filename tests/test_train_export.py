@@ -1,0 +1,185 @@
+"""A trained LoRA as other tools read it: every style gives the trained model, in ours and in diffusers'."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from pusa_fast import cli
+from pusa_fast.model.dit import WanDiT
+from pusa_fast.model.linear import adapters, add_lora
+from pusa_fast.testing import make_input, relative_error
+from pusa_fast.training.adapters import STYLES, read_updates, start_from, trained_updates, write_lora
+from pusa_fast.training.config import dump_config
+from pusa_fast.training.parallel import World
+from pusa_fast.training.trainer import Trainer, check, train
+from pusa_fast.weights import apply_lora, load_dit
+from pusa_fast.weights.lora_file import read_lora
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    return make_input(1, 16, 3, 4, 4, seed=1), torch.tensor([[900.0, 300.0, 20.0]]), make_input(1, 6, 64, seed=2)
+
+
+@torch.no_grad()
+def answer(dit: WanDiT) -> Tensor:
+    return dit(*inputs())
+
+
+@pytest.fixture
+def trained(tiny: Any) -> WanDiT:
+    """Adapters far from zero, at a scale of 3."""
+    dit = load_dit(tiny.dit)
+    torch.manual_seed(4)
+    for matrix in add_lora(dit, rank=4, alpha=12.0):
+        torch.nn.init.normal_(matrix, std=0.1)
+    return dit
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_style_reads_back(tiny: Any, trained: WanDiT, tmp_path: Path, style: str) -> None:
+    updates = trained_updates(trained)
+    write_lora(tmp_path / "l.safetensors", updates, style)
+    entries = read_lora(tmp_path / "l.safetensors")
+    assert {name.removesuffix(".weight") for name in entries} == updates.keys() and len(updates) == 20
+    assert {entry.scale for entry in entries.values()} == {1.0}
+    for name, (A, B) in read_updates(tmp_path / "l.safetensors").items():
+        assert torch.equal(A, updates[name][0]) and torch.equal(B, updates[name][1])
+    for name, adapter in adapters(trained):
+        assert torch.equal(updates[name][1], adapter.lora_B * 3), "alpha is not in B"
+    base = load_dit(tiny.dit)
+    before = answer(base)
+    apply_lora(base, tmp_path / "l.safetensors")
+    assert relative_error(answer(base), answer(trained)) < 1e-5 < relative_error(before, answer(trained))
+    again = load_dit(tiny.dit)
+    add_lora(again, rank=4, alpha=2.0)
+    start_from(again, tmp_path / "l.safetensors")
+    assert relative_error(answer(again), answer(trained)) < 1e-5
+
+
+def test_names_of_the_styles(trained: WanDiT, tmp_path: Path) -> None:
+    expected = {
+        "released": ("blocks.0.cross_attn.k.lora_A.default.weight", "blocks.1.ffn.2.lora_B.default.weight"),
+        "diffusers": ("transformer.blocks.0.attn2.to_k.lora_A.weight", "transformer.blocks.1.ffn.net.2.lora_B.weight"),
+        "comfyui": ("diffusion_model.blocks.0.cross_attn.k.lora_down.weight", "diffusion_model.blocks.1.ffn.2.lora_up.weight"),
+    }
+    for style, names in expected.items():
+        write_lora(tmp_path / "l.safetensors", trained_updates(trained), style, torch.bfloat16)
+        found = load_file(tmp_path / "l.safetensors")
+        assert set(names) <= found.keys() and len(found) == 20 * (3 if style == "comfyui" else 2)
+        assert {t.dtype for t in found.values()} == {torch.bfloat16, *([torch.float32] if style == "comfyui" else [])}
+        with safe_open(tmp_path / "l.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "pt"}, "the order of more entries would differ from run to run"
+    assert float(found["diffusion_model.blocks.0.ffn.0.alpha"]) == 4
+    with pytest.raises(ValueError, match="style 'kohya' is unknown: choose one of released, diffusers, comfyui"):
+        write_lora(tmp_path / "l.safetensors", {}, "kohya")
+
+
+def test_diffusers_and_peft_compute_the_same(tiny: Any, trained: WanDiT, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    from pusa_fast.weights import keymap
+
+    config = trained.config
+    theirs = diffusers.WanTransformer3DModel(
+        patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.dim // config.num_heads,
+        in_channels=16, out_channels=16, text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=config.eps, rope_max_seq_len=64,
+    ).eval()  # fmt: skip
+    theirs.load_state_dict({keymap.dit_to_diffusers(name): t for name, t in load_file(tiny.dit).items()})
+    write_lora(tmp_path / "l.safetensors", trained_updates(trained), "diffusers")
+    x, _, context = inputs()
+    level = torch.tensor([300.0])
+
+    @torch.no_grad()
+    def both() -> tuple[Tensor, Tensor]:
+        return theirs(x, level, context, return_dict=False)[0], trained(x, level, context)
+
+    assert relative_error(*both()) > 1e-2
+    theirs.load_lora_adapter(load_file(tmp_path / "l.safetensors"), prefix="transformer")
+    assert relative_error(*both()) < 1e-5
+    theirs.unload_lora()
+    theirs.load_lora_adapter(str(tmp_path), weight_name="l.safetensors", prefix="transformer")
+    assert relative_error(*both()) < 1e-5
+
+
+# The command line.
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, ["export", *map(str, words)])
+
+
+def refused(message: str, *words: str | Path) -> None:
+    result = run(*words)
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.output
+
+
+def test_export_of_a_run(tiny: Any, tmp_path: Path) -> None:
+    config = tiny.config(steps=3, checkpoints={"every": 1}, lora={"alpha": 2.0}, optim={"ema_decay": 0.5, "lr": 0.1})
+    written = train(config).weights
+    assert written is not None
+    model = Trainer(config, *check(config), World(torch.device("cpu")))
+    assert model.average is not None
+    model.average.swap()
+    base = load_dit(tiny.dit)
+    apply_lora(base, written)
+    assert relative_error(answer(base), answer(model.dit)) < 1e-5 < relative_error(answer(load_dit(tiny.dit)), answer(model.dit))
+    whole = load_file(written)
+    written.unlink()
+    result = run(config.out, "--out", tmp_path / "x.safetensors", "--dtype", "float32")
+    assert result.exit_code == 0 and result.stdout.endswith("x.safetensors (released)\n"), result.output
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in found)
+    # From the file on, without the run.
+    shutil.rmtree(config.out)
+    assert run(tmp_path / "x.safetensors", "--out", tmp_path / "y.safetensors", "--style", "comfyui").exit_code == 0
+    y = read_updates(tmp_path / "y.safetensors")
+    assert all(torch.equal(y[n][0], A.bfloat16().float()) for n, (A, _) in read_updates(tmp_path / "x.safetensors").items())
+
+
+def test_export_of_a_run_on_another_machine(tiny: Any, tmp_path: Path) -> None:
+    config = tiny.config(steps=1)
+    train(config)
+    there = {"device": "cuda:7", "attention": "fa3", "parallel": "fsdp", "validation": {"every": 1, "samples": [{"prompt": "", "image": "gone.png"}]}}
+    (config.out / "config.yaml").write_text(dump_config(tiny.config(steps=1, **there)))
+    assert run(config.out, "--out", tmp_path / "x.safetensors").exit_code == 0
+
+
+def test_what_cannot_be_exported(tiny: Any, tmp_path: Path, trained: WanDiT) -> None:
+    target = tmp_path / "x.safetensors"
+    refused("does not exist", tmp_path / "gone.safetensors", "--out", target)
+    refused("a LoRA is written as .safetensors", tmp_path, "--out", tmp_path / "x.pt")
+    refused("does not exist: create it first", tmp_path, "--out", tmp_path / "no" / "x.safetensors")
+    target.write_bytes(b"")
+    refused("give --overwrite to replace it", tmp_path, "--out", target)
+    refused("x.safetensors", target, "--out", target, "--overwrite")  # an empty file is no LoRA
+    target.unlink()
+    (tmp_path / "run").mkdir()
+    config = tiny.config("run")
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    refused("holds no checkpoint: train first", tmp_path / "run", "--out", target)
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(tiny.config("run", lora=None)))
+    refused("trained all weights, not a LoRA: load its dit.safetensors", tmp_path / "run", "--out", target)
+    refused("", tiny.dit, "--out", target)  # a model is no LoRA
+    assert not target.exists() and json.dumps(sorted(p.name for p in (tmp_path / "run").iterdir())) == '["config.yaml"]'
+
+
+def test_files_that_are_not_low_rank(tiny: Any, trained: WanDiT, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"blocks.0.ffn.0.diff": torch.ones(96, 48)}, tmp_path / "d.safetensors")
+    refused("is no low-rank one: this file cannot be converted or trained on", tmp_path / "d.safetensors", "--out", tmp_path / "x.safetensors")
+    updates = trained_updates(trained)
+    write_lora(tmp_path / "few.safetensors", {name: pair for name, pair in updates.items() if name.endswith(".q")})
+    with pytest.raises(ValueError, match=r"different projections \(16, such as blocks\.0\.cross_attn\.k\)"):
+        start_from(trained, tmp_path / "few.safetensors")

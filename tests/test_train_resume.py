@@ -1,0 +1,85 @@
+"""Runs that are killed, as programs: the same command again ends where an undisturbed run does, to the byte."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pusa_fast.training.config import dump_config
+from pusa_fast.training.metrics import read_metrics
+from pusa_fast.training.trainer import train
+
+Start = Callable[..., "subprocess.Popen[str]"]
+STEPS = 60
+
+
+@pytest.fixture
+def config(tiny: Any) -> Any:
+    """Slow enough to be hit: sixty steps, a checkpoint every three."""
+    return tiny.config(
+        "cut", steps=STEPS, checkpoints={"every": 3, "keep": 2}, optim={"schedule": "cosine", "warmup_steps": 5, "ema_decay": 0.9},
+        data={"caption_dropout": 0.2},
+    )  # fmt: skip
+
+
+def begin(start: Start, config: Any) -> subprocess.Popen[str]:
+    path = Path(config.out).with_suffix(".yaml")
+    path.write_text(dump_config(config))
+    return start("-m", "pusa_fast.cli", "train", path)
+
+
+def wait_for(config: Any, lines: int, process: subprocess.Popen[str]) -> None:
+    path, end = config.out / "metrics.jsonl", time.monotonic() + 60
+    while not path.exists() or path.read_text().count("\n") < lines:
+        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)
+        time.sleep(0.01)
+
+
+def losses(config: Any) -> list[tuple[int, float, float]]:
+    return [(row["step"], row["loss"], row["gradient_norm"]) for row in read_metrics(config.out)]
+
+
+def assert_as_undisturbed(config: Any) -> None:
+    whole = config.model_copy(update={"out": config.out.with_name("whole")})
+    train(whole)
+    assert losses(config) == losses(whole) and len(losses(whole)) == STEPS
+    assert (config.out / "lora.safetensors").read_bytes() == (whole.out / "lora.safetensors").read_bytes()
+    assert sorted(p.name for p in (config.out / "checkpoints").iterdir()) == [f"step-{n:06d}" for n in (STEPS - 3, STEPS)]
+
+
+def test_killed_twice(config: Any, start: Start) -> None:
+    steps = sorted(random.sample(range(2, STEPS - 15), 2))
+    for step in steps:
+        process = begin(start, config)
+        wait_for(config, step, process)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait(30) == -signal.SIGKILL
+    assert len(losses(config)) < STEPS, f"killed too late ({steps})"
+    process = begin(start, config)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.splitlines()[-1].startswith("wrote ") and err == "", (steps, err)
+    assert_as_undisturbed(config)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_asked_to_stop(config: Any, start: Start, number: signal.Signals, code: int) -> None:
+    process = begin(start, config)
+    wait_for(config, 4, process)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    done = len(losses(config))
+    assert process.returncode == code, err
+    assert out.splitlines()[-1] == f"stopped after step {done} of {STEPS}, with a checkpoint: the same command goes on"
+    assert err.splitlines() == ["stopping after this step, with a checkpoint", *(["interrupted"] if code else [])]
+    assert (config.out / "checkpoints" / f"step-{done:06d}" / "state.json").is_file() and 4 <= done < STEPS
+    assert not (config.out / "lora.safetensors").exists()
+    train(config)
+    assert_as_undisturbed(config)
