@@ -14,12 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from pusa_fast.testing import relative_error
+from pusa_fast.model.dit import WanDiT
+from pusa_fast.testing import make_input, relative_error
 from pusa_fast.training.config import Validation, dump_config, load_config, parse_config
 from pusa_fast.training.metrics import read_metrics
+from pusa_fast.training.parallel import World, distribute
 from pusa_fast.training.trainer import export_run, train
+from pusa_fast.weights import load_dit
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -29,6 +33,7 @@ import os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from pusa_fast.training.config import load_config
+from pusa_fast.training.parallel import World, distribute
 from pusa_fast.training.trainer import train
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -140,6 +145,20 @@ def test_exporting_the_checkpoint_of_two_gives_the_same_file(ran: Path, tmp_path
         assert written is not None
         mine, theirs = load_file(written), weights(ran / name)
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+
+
+def test_timesteps_of_a_bf16_sharded_model_are_not_rounded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    plain = WanDiT._time_tables
+    monkeypatch.setattr(WanDiT, "_time_tables", lambda self, t: seen.append(t) or plain(self, t))
+    dist.init_process_group("gloo", store=dist.FileStore(str(tiny.runs / "store"), 1), rank=0, world_size=1)
+    try:
+        forward = distribute(load_dit(tiny.dit), "fsdp", World(torch.device("cpu"), 0, 2), torch.bfloat16)
+        with torch.no_grad():
+            forward(make_input(1, 16, 2, 4, 4), torch.tensor([[997.3, 4.98]]), make_input(1, 6, 64))
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(seen[0].flatten(), torch.tensor([997.3, 4.98]))
 
 
 def _wait(check: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:

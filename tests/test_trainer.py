@@ -178,6 +178,13 @@ def test_optimiser_is_adamw_at_the_rates_of_the_schedule(tiny: Any) -> None:
             assert torch.allclose(after[name].double(), expected, rtol=1e-4, atol=1e-7), name
 
 
+def test_gradients_are_clipped_and_their_norm_is_told_unclipped(tiny: Any) -> None:
+    plain, clipped = begin(tiny.config(lora=None)), begin(tiny.config(lora=None, optim={"clip_norm": 0.01}))
+    told = [made.train_step([_batch(made)])["gradient_norm"] for made in (plain, clipped)]
+    norms = [float(torch.stack([p.grad.norm() for p in made.parameters if p.grad is not None]).norm()) for made in (plain, clipped)]
+    assert told[0] == told[1] == pytest.approx(norms[0], rel=1e-5) and told[0] > 0.1 and norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
 def test_averages_by_hand(tiny: Any) -> None:
     config = tiny.config(optim={"ema_decay": 0.3})
     made = begin(config)
