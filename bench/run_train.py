@@ -57,7 +57,7 @@ def _store(folder: Path, shape: tuple[int, ...], text: int, width: int, clips: i
 
 def _config(folder: Path, out: Path, batch: int, rank: int, **more: Any) -> TrainConfig:
     return parse_config({
-        "data": {"path": folder}, "out": out, "batch_size": batch, "steps": 1000, "lora": {"rank": rank},
+        "data": {"path": folder}, "out": out, "batch_size": batch, "accumulate": 1, "steps": 1000, "lora": {"rank": rank},
         "optim": {"lr": _LR, "clip_norm": _CLIP}, "objective": {"shift": 5.0}, **more,
     })  # fmt: skip
 
@@ -183,10 +183,11 @@ def _run_cuda(options: Options, recorder: Recorder) -> None:
         rows = []
         for number in range(2 if options.quick else 6):
             parts = next(steps)
-            torch.cuda.synchronize()
             if number == 1:
                 torch.cuda.reset_peak_memory_stats()
-            rows.append(trainer.train_step(parts))
+            row = trainer.train_step(parts)
+            assert row is not None
+            rows.append(row)
             recorder.save(size=size, layers=layers, rank=512, rows=rows)
             if recorder.out_of_time:
                 break

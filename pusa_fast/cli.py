@@ -84,6 +84,7 @@ _RELIEF = {
     "text": "--dtype bfloat16",
     "encode": "--tiling auto, or a smaller --size",
     "denoise": "fewer --frames, a smaller --size, --guidance 1, or --dtype bfloat16",
+    "train": "--set accumulate=N, --set memory.offload=true, or --set parallel=fsdp on more processes; --plan says what a step takes",
     "decode": "--tiling auto, a smaller --size, or fewer --frames",
     "prepare": "--tiling auto, or a smaller --bucket",
 }
@@ -331,6 +332,7 @@ def train(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting, such as optim.lr=1e-5. Repeatable.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what it will take: memory by part, work and time of a step.")] = False,
+    processes: Annotated[int | None, typer.Option(parser=_whole, help="With --plan: shared by so many (default 1).")] = None,
 ) -> None:
     """Train a Pusa LoRA, or all weights, on prepared clips. Stopped or killed, the same command goes on.
 
@@ -338,7 +340,7 @@ def train(
     """
     from pusa_fast.commands.train import run
 
-    run(config, set_ or [], plan)
+    run(config, set_ or [], plan, processes)
 
 
 @app.command()

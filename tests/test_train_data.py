@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pusa_fast.training.data import Batch, ClipOrder, TrainingData, validation_batches
+from pusa_fast.testing import make_input
+from pusa_fast.training.data import Batch, ClipOrder, TrainingData, auto_parts, training_clips, validation_batches
 from pusa_fast.training.ptss import TimestepSampling
-from pusa_fast.training.store import LatentStore
+from pusa_fast.training.store import LatentStore, StoreWriter
 
 SAMPLING = TimestepSampling()
 SHAPES = [(16, 2, 4, 4)] * 5 + [(16, 3, 4, 4)] * 7
@@ -193,3 +195,27 @@ def test_leaving_the_loop_ends_the_thread(store: LatentStore) -> None:
         for _ in data(store).steps(0):
             raise RuntimeError("mine")
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "shape", "parts"),
+    [
+        (32, 1, (16, 5, 8, 8), 1),  # nano
+        (8, 1, (16, 21, 60, 104), 8),  # 480p: a clip at a time
+        (8, 8, (16, 21, 60, 104), 1),
+        (8, 2, (16, 21, 30, 52), 1),  # 8,190 tokens a clip
+        (12, 1, (16, 21, 30, 52), 3),  # at most 4 together
+    ],
+)
+def test_parts_hold_forty_thousand_tokens_or_one_clip(batch: int, world: int, shape: tuple[int, ...], parts: int) -> None:
+    assert auto_parts(batch, world, shape) == parts
+
+
+def test_windows_of_a_held_out_file_are_not_trained_on(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, {"vae": "", "text": "", "channels": 16, "text_dim": 64, "text_len": 6}) as writer:
+        for i, file in enumerate("aabbc"):
+            writer.add(str(i), make_input(16, 2, 4, 4, seed=i), make_input(2, 64), source=file, caption="x", details={"file": file})
+    store = LatentStore(tmp_path)
+    assert training_clips(store, 0) == [0, 1, 2, 3, 4] and training_clips(store, 2) == [0, 1]
+    with pytest.raises(ValueError, match="cut from files that are"):
+        training_clips(store, 4)

@@ -75,17 +75,27 @@ def test_checkpointing_and_offload_show_in_the_plan(store: LatentStore, tmp_path
     def activations(**memory: Any) -> int:
         return plan_step(_config(store, tmp_path, memory=memory), DIT, SHAPE, TEXT, torch.device("cpu")).memory["activations"]
 
+    assert activations(checkpointing="attention", offload=True) == activations(checkpointing="attention")  # all of it is small
     assert activations(checkpointing="block") < activations(checkpointing="attention") < activations(checkpointing="none")
 
 
 def test_the_published_recipe_fits_one_gpu_of_141_gb() -> None:
-    config = parse_config({"data": {"path": "x"}, "out": "y", "batch_size": 1})
-    plan = plan_step(config, "wan2.1-t2v-14b", (16, 21, 60, 104), 512, torch.device("cuda"))
-    assert plan.tokens == 32_760
-    assert plan.peak < 130e9
+    config = parse_config({"data": {"path": "x"}, "out": "y"})
+    cuda = torch.device("cuda")
+    plan = plan_step(config, "wan2.1-t2v-14b", (16, 21, 60, 104), 512, cuda)
+    assert plan.tokens == 8 * 32_760 and plan.peak < 130e9  # eight clips, one after the other
+    eighth = plan_step(config, "wan2.1-t2v-14b", (16, 21, 60, 104), 512, cuda, processes=8)
+    assert eighth.memory == plan.memory and eighth.tokens == 32_760
+    sharded = plan_step(config.model_copy(update={"parallel": "fsdp"}), "wan2.1-t2v-14b", (16, 21, 60, 104), 512, cuda, processes=8)
+    assert sharded.memory["frozen weights"] == plan.memory["frozen weights"] // 8 and sharded.peak < 0.5 * plan.peak
+    away = config.model_copy(update={"memory": config.memory.model_copy(update={"offload": True})})
+    offloaded = plan_step(away, "wan2.1-t2v-14b", (16, 21, 60, 104), 512, cuda)
+    assert plan.memory["activations"] - offloaded.memory["activations"] > 35 * 32_760 * 5120 * 2  # nearly all inputs of blocks
+    with pytest.raises(ValueError, match="cannot be shared by 3 processes"):
+        plan_step(config, "wan2.1-t2v-14b", (16, 21, 60, 104), 512, cuda, processes=3)
     residuals = 40 * 32_760 * 5120 * 2
     assert plan.memory["activations"] > 2 * residuals  # a block's input and its attention's result
-    assert 4e15 < plan.flops < 5e15 and plan.seconds["on an H200"] < 10
+    assert 4e15 < eighth.flops < 5e15 and eighth.seconds["on an H200"] < 10
     assert "activations" in plan.text() and "GiB" in plan.text() and "on an H200" in plan.text()
     with pytest.raises(ValueError, match=r"wan2\.1-t2v-14b"):
         plan_step(config, "wan-huge", (16, 21, 60, 104), 512)

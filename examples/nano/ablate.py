@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from scoring import Model, held_out_scenes, score
 from pusa_fast.training.config import TrainConfig, parse_config
 from pusa_fast.training.store import write_text
 from pusa_fast.training.trainer import train
+from pusa_fast.weights.files import file_hash
 
 HERE = Path(__file__).parent
 ROWS, PAGE, IMAGES = HERE / "ablations.json", HERE.parents[1] / "docs" / "training.md", HERE.parents[1] / "docs" / "images"
@@ -52,7 +53,7 @@ class Run:
 
     def config(self, seed: int, folder: Path, clips: Path, steps: int) -> TrainConfig:
         values = {
-            "model": "nano", "out": folder, "seed": 1000 + seed, "steps": steps, "batch_size": BATCH, "device": "cpu",
+            "model": "nano", "out": folder, "seed": 1000 + seed, "steps": steps, "batch_size": BATCH, "accumulate": 1, "device": "cpu",
             "data": {"path": clips, "caption_dropout": 0.1}, "memory": {"checkpointing": "none"}, "logging": {"every": 150},
             "lora": None if self.rank is None else {"rank": self.rank},
             "objective": {"levels": "continuous", "weighting": "uniform", "shift": dit.SHIFT, **self.objective},
@@ -83,6 +84,7 @@ class Key:
     iterations: int
     strength: float
     steps: int = 10
+    base: str = field(default_factory=lambda: file_hash(nano.ASSETS / "dit.safetensors")[:12])  # rows of another nano do not count
 
 
 def wanted(run: Run, seed: int, iterations: int) -> Iterator[Key]:
@@ -99,6 +101,7 @@ class Ablation:
     def __init__(self, work: Path, deadline: float) -> None:
         self.work, self.deadline = work, deadline
         self.rows: list[dict[str, Any]] = json.loads(ROWS.read_text()) if ROWS.exists() else []
+        self.rows = [row for row in self.rows if row["base"] == Key("", 0, 0, 0.0).base]
         self.scenes = held_out_scenes(SCENES, SCENE_SEED)
 
     def known(self, key: Key) -> bool:
@@ -133,7 +136,7 @@ class Ablation:
             done = train(run.config(seed, folder, clips, iterations))
             if done.weights is None:
                 raise SystemExit("stopped: start the same command again to go on")
-            shutil.copyfile(done.weights, kept)
+            _copied(done.weights, kept)
         return kept
 
     def model(self, run: Run, weights: Path, key: Key) -> Model:
@@ -141,8 +144,11 @@ class Ablation:
             return Model("nano", {str(weights): key.strength}, key.steps)
         folder = weights.with_suffix("")
         if not folder.exists():
-            shutil.copytree(nano.ASSETS, folder)
-            shutil.copyfile(weights, folder / "dit.safetensors")
+            part = folder.with_name(folder.name + ".part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(nano.ASSETS, part)
+            shutil.copyfile(weights, part / "dit.safetensors")
+            part.rename(folder)
         return Model(str(folder), {}, key.steps)
 
     def score(self, key: Key, model: Model) -> None:
@@ -153,6 +159,13 @@ class Ablation:
         self.rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
         write_text(ROWS, "[\n" + ",\n".join(json.dumps(r) for r in self.rows) + "\n]\n")
         print(json.dumps(self.rows[-1]), flush=True)
+
+
+def _copied(source: Path, target: Path) -> None:
+    """A whole copy or none."""
+    part = target.with_name(target.name + ".part")
+    shutil.copyfile(source, part)
+    part.rename(target)
 
 
 def _mean(values: Sequence[float]) -> float:

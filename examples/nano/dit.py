@@ -15,7 +15,7 @@ from pusa_fast.weights import checkpoint, keymap
 
 ARCHITECTURE = DiTConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, text_dim=64, freq_dim=64)
 SHIFT = 3.0
-BASE_STEPS, LORA_STEPS, LORA_RANK, BATCH = 9600, 1200, 32, 32
+BASE_STEPS, LORA_STEPS, LORA_RANK, BATCH = 8240, 1000, 32, 32
 
 
 def base_steps(scale: float) -> int:
@@ -63,7 +63,7 @@ def lora_config(model: Path, clips: Path, out: Path, seed: int, scale: float, **
 
 def _common(model: Path, clips: Path, out: Path, seed: int, steps: int) -> dict[str, Any]:
     return {
-        "model": str(model), "out": out, "seed": seed, "steps": steps, "batch_size": BATCH, "device": "cpu",
+        "model": str(model), "out": out, "seed": seed, "steps": steps, "batch_size": BATCH, "accumulate": 1, "device": "cpu",
         "data": {"path": clips, "caption_dropout": 0.1, "validation_clips": BATCH},
         "memory": {"checkpointing": "none"}, "checkpoints": {"every": 200}, "validation": {"every": 500}, "logging": {"every": 50},
     }  # fmt: skip

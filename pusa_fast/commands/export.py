@@ -9,7 +9,9 @@ import torch
 import typer
 
 from pusa_fast.training import adapters
-from pusa_fast.training.config import Validation, load_config
+from pusa_fast.training.config import load_config
+from pusa_fast.training.parallel import World
+from pusa_fast.training.saved import Checkpoints
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,20 +25,16 @@ def run(source: str, out: str, style: str, dtype: str, overwrite: bool) -> None:
         raise FileExistsError(f"{out} exists: give --overwrite to replace it, or another --out")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: the folder {target.parent} does not exist: create it first")
-    adapters.write_lora(target, adapters.read_updates(_lora(Path(source))), style, _DTYPES[dtype])
+    updates = _of_run(Path(source)) if (Path(source) / "config.yaml").is_file() else adapters.read_updates(source)
+    adapters.write_lora(target, updates, style, _DTYPES[dtype])
     typer.echo(f"wrote {os.path.relpath(target)} ({style})")
 
 
-def _lora(source: Path) -> Path:
-    """The LoRA file itself; of a run's folder, what its newest checkpoint holds."""
-    if not (source / "config.yaml").is_file():
-        return source
-    from pusa_fast.training.trainer import export_run
-
-    here = {"out": source, "device": None, "attention": "auto", "parallel": "auto", "validation": Validation()}
-    config = load_config(source / "config.yaml").model_copy(update=here)
+def _of_run(folder: Path) -> adapters.Updates:
+    """What a run's newest checkpoint holds, averaged where it was averaging. Neither model nor clips are needed."""
+    config = load_config(folder / "config.yaml")
     if config.lora is None:
-        raise ValueError(f"{source} trained all weights, not a LoRA: load its dit.safetensors")
-    weights = export_run(config).weights
-    assert weights is not None
-    return weights
+        raise ValueError(f"{folder} trained all weights, not a LoRA: load its dit.safetensors")
+    saved = Checkpoints(folder, {}, 1, World(torch.device("cpu")))
+    scale = 1.0 if config.lora.alpha is None else config.lora.alpha / config.lora.rank
+    return adapters.saved_updates(saved.read("average") or saved.read("model"), scale)

@@ -11,7 +11,7 @@ import typer
 from pusa_fast.training.config import load_config
 
 
-def run(path: str | None, overrides: Sequence[str], plan: bool) -> None:
+def run(path: str | None, overrides: Sequence[str], plan: bool, processes: int | None) -> None:
     """Raises ValueError, OSError or FloatingPointError; checkpoints written by then stay. Exits with 130 after an interrupt."""
     if path is None and not overrides:
         raise ValueError("give a CONFIG.YAML, or at least --set data.path=PREPARED --set out=RUN")
@@ -19,7 +19,7 @@ def run(path: str | None, overrides: Sequence[str], plan: bool) -> None:
     if plan:
         from pusa_fast.training.plan import plan_run
 
-        typer.echo(plan_run(config).text())
+        typer.echo(plan_run(config, processes or int(os.environ.get("WORLD_SIZE", "1"))).text())
         return
     from pusa_fast.training.trainer import train
 

@@ -120,7 +120,8 @@ class _LowRankUpdates(torch.autograd.Function):
         dA = dhidden.t() @ x
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ weight if ctx.merged else torch.addmm(dy @ weight, dhidden, A)).view(ctx.x_shape)
+            dx = dy @ weight
+            dx = (dx if ctx.merged else dx.addmm_(dhidden, A)).view(ctx.x_shape)
         dweight = dy.t() @ x if ctx.needs_input_grad[1] else None
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         pairs = zip(torch.split(dA, ranks), dBs, strict=True)

@@ -45,11 +45,29 @@ STYLES: Mapping[str, Callable[[Updates], dict[str, Tensor]]] = {
 }  # fmt: skip
 
 
-def trained_updates(dit: WanDiT, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, tuple[Tensor, Tensor]]:
-    """The adapters of a model, their scale (alpha / rank) multiplied into B, on the CPU. `whole` gathers sharded tensors."""
-    return {
-        name: (whole(adapter.lora_A).cpu(), (whole(adapter.lora_B) * adapter.scale).cpu()) for name, adapter in adapters(dit)
-    }
+def trained_updates(
+    dit: WanDiT, whole: Callable[[Tensor], Tensor] = Tensor.detach, keep: bool = True
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The adapters of a model, their scale (alpha / rank) multiplied into B, on the CPU. `whole` gathers sharded tensors.
+
+    `keep` False takes part in the gathering and keeps nothing.
+    """
+    found = {}
+    for name, adapter in adapters(dit):
+        A, B = whole(adapter.lora_A), whole(adapter.lora_B)
+        if keep:
+            found[name] = A.cpu(), (B * adapter.scale).cpu()
+    return found
+
+
+def saved_updates(parameters: Mapping[str, Tensor], scale: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """The same from adapters by parameter name, as a checkpoint has them."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in parameters.items():
+        _, _, own = name.partition(".adapters.")
+        module, _, matrix = own.rpartition(".")
+        found.setdefault(module.replace("-", "."), {})[matrix] = tensor
+    return {name: (pair["lora_A"], pair["lora_B"] * scale) for name, pair in found.items()}
 
 
 def write_lora(path: str | os.PathLike[str], updates: Updates, style: str = "released", dtype: torch.dtype | None = None) -> None:

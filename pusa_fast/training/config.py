@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pusa_fast.model.linear import LORA_INITS, LORA_TARGETS
-from pusa_fast.training.ptss import TimestepSampling
+from pusa_fast.training.fafm import WEIGHTINGS
+from pusa_fast.training.ptss import LEVELS, TimestepSampling
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -49,9 +50,9 @@ class Objective(_Part):
 
     p_async: Annotated[float, Field(ge=0, le=1)] = 1.0
     first_frame_clean: bool = False
-    levels: Literal["reference", "continuous"] = "reference"
+    levels: Literal[LEVELS] = "reference"  # type: ignore[valid-type]
     shift: Annotated[float, Field(gt=0)] | None = None  # None: the model's own
-    weighting: Literal["reference", "per_frame", "uniform"] = "reference"
+    weighting: Literal[tuple(WEIGHTINGS)] = "reference"  # type: ignore[valid-type]
 
 
 class Optim(_Part):
@@ -111,7 +112,10 @@ class Logging(_Part):
 
 
 class TrainConfig(_Part):
-    """One run. `out`: its folder; `steps`: optimiser steps; `batch_size`: clips a step, over all processes and `accumulate` parts.
+    """One run. `out`: its folder; `steps`: optimiser steps; `batch_size`: clips a step, over all processes and parts.
+
+    `accumulate`: how many parts of a batch go through the model one after the other; None: as few as keep a part to 40,000 tokens, so
+    single clips at 480p.
 
     `model`: "nano" or a model's folder; `dit`: another transformer than that folder's, such as one of Wan2.2's experts. `lora` None: full fine-tuning, with float32 masters. `dtype` of the frozen base, or of
     the products in full fine-tuning (None: bfloat16 on a GPU, float32 on the CPU).
@@ -123,7 +127,7 @@ class TrainConfig(_Part):
     dit: Path | None = None
     steps: Positive = 900
     batch_size: Positive = 8
-    accumulate: Positive = 1
+    accumulate: Positive | None = None
     seed: Count = 0
     device: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -139,7 +143,7 @@ class TrainConfig(_Part):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
-        if self.batch_size % self.accumulate:
+        if self.accumulate is not None and self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}: change one of them")
         if self.optim.schedule == "cosine" and self.optim.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.optim.warmup_steps} leaves nothing of {self.steps} steps: lower it")
@@ -155,9 +159,15 @@ class TrainConfig(_Part):
         return TimestepSampling(chosen.p_async, chosen.first_frame_clean, chosen.levels, chosen.shift or shift)
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint depends on: settings that may not change between its steps and those after it. Not where the clips lie."""
-        free: dict[str, Any] = dict.fromkeys(("out", "device", "attention", "parallel", "memory", "checkpoints", "validation", "logging", "accumulate"), True)
+        """What a checkpoint depends on: settings that may not change between its steps and those after it.
+
+        Not where files lie: the trainer adds what is in them, and the dtype it came to.
+        """
+        where = ("out", "model", "dit", "device", "dtype", "attention", "parallel", "memory", "checkpoints", "validation", "logging", "accumulate")
+        free: dict[str, Any] = dict.fromkeys(where, True)
         free["data"] = {"path"}
+        if self.lora is not None:
+            free["lora"] = {"start"}
         if self.optim.schedule == "constant":
             free["steps"] = True
         return self.model_dump(mode="json", exclude=free)

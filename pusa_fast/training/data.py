@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -65,6 +65,16 @@ class ClipOrder:
             yield from order
 
 
+PART_TOKENS = 40_000
+
+
+def auto_parts(batch_size: int, world: int, latents: tuple[int, ...]) -> int:
+    """Parts of a batch that keep each within `PART_TOKENS` for clips [C, F, h, w] of patches of 2x2, or hold one clip."""
+    own = max(1, batch_size // world)
+    fit = max(1, PART_TOKENS * 4 // (latents[1] * latents[2] * latents[3]))
+    return own // max(d for d in range(1, own + 1) if own % d == 0 and d <= fit)
+
+
 def generator(*labels: object) -> torch.Generator:
     """A CPU generator whose numbers depend on the labels alone."""
     digest = hashlib.sha256("/".join(map(str, labels)).encode()).digest()
@@ -100,7 +110,7 @@ class TrainingData:
         sampling: TimestepSampling,
         *,
         batch_size: int,
-        accumulate: int,
+        accumulate: int | None = None,
         seed: int,
         caption_dropout: float = 0.0,
         held_out: int = 0,
@@ -109,6 +119,9 @@ class TrainingData:
     ) -> None:
         if held_out >= len(store):
             raise ValueError(f"validation_clips {held_out} leaves none of {len(store)} clips to train on: lower it, or prepare more")
+        chosen = training_clips(store, held_out)
+        if accumulate is None:
+            accumulate = auto_parts(batch_size, world, max((store.clips[i].shape for i in chosen), key=lambda s: s[1] * s[2] * s[3]))
         if batch_size % (accumulate * world):
             raise ValueError(
                 f"a batch of {batch_size} clips cannot be shared by {world} processes in {accumulate} parts: make batch_size a multiple of {accumulate * world}"
@@ -118,9 +131,10 @@ class TrainingData:
         self.store, self.sampling, self.seed, self.caption_dropout = store, sampling, seed, caption_dropout
         self.accumulate, self.rank, self.share = accumulate, rank, batch_size // (accumulate * world)
         self._part = batch_size // accumulate
-        self._order = ClipOrder([clip.shape for clip in store.clips[: len(store) - held_out]], batch_size, seed)
+        self._chosen = chosen
+        self._order = ClipOrder([store.clips[i].shape for i in chosen], batch_size, seed)
 
-    def steps(self, start: int) -> Iterator[list[Batch]]:
+    def steps(self, start: int) -> Generator[list[Batch]]:
         """Each step's parts from step `start` on; the next step's are read while the caller works on this one's."""
         indices = enumerate(self._order.batches(start), start)
         with ThreadPoolExecutor(1) as pool:
@@ -136,16 +150,31 @@ class TrainingData:
             first = part * self._part + self.rank * self.share
             places = range(first, first + self.share)
             labels = [(self.seed, "step", step, place) for place in places]
-            parts.append(load_batch(self.store, [picked[p] for p in places], labels, self.sampling, self.caption_dropout))
+            parts.append(load_batch(self.store, [self._chosen[picked[p]] for p in places], labels, self.sampling, self.caption_dropout))
         return parts
 
 
-def validation_batches(store: LatentStore, count: int, batch_size: int, sampling: TimestepSampling, seed: int) -> Iterator[Batch]:
-    """The last `count` clips at levels and noise that never change, in batches of one shape."""
+def training_clips(store: LatentStore, held_out: int) -> list[int]:
+    """All clips but the last `held_out`, and but those cut from the same files as these: windows of a file overlap.
+
+    Raises ValueError where that leaves none.
+    """
+    first = len(store) - held_out
+    files = {clip.details["file"] for clip in store.clips[first:] if "file" in clip.details}
+    chosen = [i for i, clip in enumerate(store.clips[:first]) if clip.details.get("file") not in files]
+    if not chosen:
+        raise ValueError(f"all {len(store)} clips are held out, or cut from files that are: lower validation_clips, or prepare more files")
+    return chosen
+
+
+def validation_batches(
+    store: LatentStore, count: int, batch_size: int, sampling: TimestepSampling, seed: int, mine: Callable[[int], bool] = lambda _: True
+) -> Iterator[Batch]:
+    """The last `count` clips at levels and noise that never change, in batches of one shape; of batch number n only where `mine(n)`."""
     start, groups = len(store) - count, dict[tuple[int, ...], list[int]]()
     for index in range(start, len(store)):
         groups.setdefault(store.clips[index].shape, []).append(index)
-    for members in groups.values():
-        for at in range(0, len(members), batch_size):
-            chosen = members[at : at + batch_size]
+    batches = [members[at : at + batch_size] for members in groups.values() for at in range(0, len(members), batch_size)]
+    for number, chosen in enumerate(batches):
+        if mine(number):
             yield load_batch(store, chosen, [(seed, "validation", i - start) for i in chosen], sampling, 0.0)

@@ -75,6 +75,7 @@ class _Parked:
     back: Tensor | None = None
     ready: Any = None  # the event after its copy back: to wait for the stream would be to wait for the next block's copies too
     used: bool = False
+    shape: torch.Size | None = None  # on meta, where there is nothing to copy
 
 
 class Offload:
@@ -83,7 +84,7 @@ class Offload:
     On the CPU the copies are plain. Written for CUDA streams; docs/performance.md says whether it has run on one.
     """
 
-    def __init__(self, device: torch.device, smallest: int = 1 << 20) -> None:
+    def __init__(self, device: torch.device, smallest: int = 1 << 25) -> None:
         self._cuda, self._smallest = device.type == "cuda", smallest  # bytes
         self._away: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._home: Any = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
@@ -97,6 +98,8 @@ class Offload:
     def _pack(self, tensor: Tensor) -> Tensor | _Parked:
         if tensor.numel() * tensor.element_size() < self._smallest:
             return tensor
+        if tensor.is_meta:  # a plan: nothing of it stays on the device
+            return _Parked(tensor.new_empty(0), tensor.device, 0, shape=tensor.shape)
         with self._on(self._away):
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda)
             host.copy_(tensor.detach(), non_blocking=True)
@@ -109,6 +112,8 @@ class Offload:
     def _unpack(self, saved: Tensor | _Parked) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
+        if saved.shape is not None:
+            return saved.host.new_empty(saved.shape)
         back = self._fetch(saved)
         saved.back, saved.used = None, True
         del self._parked[saved.block + 1 :]  # the backward pass is done with those

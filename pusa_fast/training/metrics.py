@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -20,7 +21,7 @@ from pusa_fast.training.store import write_text
 METRICS = "metrics.jsonl"
 LEVEL_EDGES = (0.25, 0.5, 0.75)  # of the quarters of noise levels that errors are reported by
 # Dense bf16 TFLOP/s of a device whose name contains this.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "B200": 2250, "A100": 312, "A800": 312, "4090": 165, "L40S": 362}
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "B200": 2250, "A100": 312, "A800": 312, "4090": 165, "L40S": 362}
 
 
 class Metrics:
@@ -110,8 +111,9 @@ def _tensorboard(out: Path) -> Any:
 
 
 def _wandb(config: TrainConfig, start: int) -> Any:
-    run_id = config.out.resolve().name
+    where = config.out.resolve()
+    run_id = f"{where.name}-{hashlib.sha256(str(where).encode()).hexdigest()[:8]}"
     return importlib.import_module("wandb").init(
-        project=config.logging.wandb, name=run_id, id=run_id, dir=str(config.out), resume="allow" if start else None,
+        project=config.logging.wandb, name=where.name, id=run_id, dir=str(config.out), resume="allow" if start else None,
         config=config.model_dump(mode="json"),
     )  # fmt: skip

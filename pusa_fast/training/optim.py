@@ -60,6 +60,13 @@ def set_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None
             group["lr"] = group["initial_lr"] * factor
 
 
+def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+    """The norm of all gradients together, which are scaled to `limit` where it is larger (None: left as they are)."""
+    if limit is None:
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return nn.utils.clip_grad_norm_(parameters, limit)
+
+
 class Average:
     """An exponential moving average of parameters: a += (1 - decay) (p - a) after each step, faster while there were few."""
 

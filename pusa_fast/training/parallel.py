@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,13 @@ class World:
             dist.all_reduce(values)
         return values.cpu()
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -51,12 +59,14 @@ def joined(device: torch.device) -> Iterator[World]:
     if size == 1:
         yield World(device)
         return
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set: start the processes with torchrun")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     begun = not dist.is_initialized()
-    if begun:
-        dist.init_process_group(BACKENDS[device.type])
+    if begun:  # one process writes exports alone, tens of gigabytes, while the others wait
+        dist.init_process_group(BACKENDS[device.type], timeout=timedelta(hours=2))
     try:
         yield World(device, dist.get_rank(), dist.get_world_size())
     finally:
@@ -79,7 +89,7 @@ def distribute(dit: WanDiT, strategy: str, world: World, dtype: torch.dtype | No
             fully_shard(block, mp_policy=policy)
         fully_shard(dit, mp_policy=policy)
         return dit
-    return cast(Callable[..., Tensor], DistributedDataParallel(dit))
+    return cast(Callable[..., Tensor], DistributedDataParallel(dit, gradient_as_bucket_view=True))
 
 
 def accumulating(model: Any, last: bool) -> AbstractContextManager[Any]:
@@ -94,7 +104,10 @@ def accumulating(model: Any, last: bool) -> AbstractContextManager[Any]:
 
 @contextmanager
 def gathered(dit: nn.Module) -> Iterator[None]:
-    """What an FSDP model has outside its blocks, whole, for calls that are no forward pass of it. Blocks gather themselves."""
+    """What an FSDP model has outside its blocks, whole, for calls that are no forward pass of it. Blocks gather themselves.
+
+    To be left after every use of averaged weights: what was gathered of them is dropped here.
+    """
     if not isinstance(dit, FSDPModule):
         yield
         return

@@ -1,7 +1,7 @@
 """What a run will take, before any weights are read: memory by part, work and time of a step.
 
 Activations are found by running the step itself on tensors without storage, through the operators that the device would use.
-Not in it: what allocators, CUDA and cuBLAS keep for themselves (about 1 GB on a GPU), and other processes' buckets under DDP.
+Not in it: what allocators, CUDA and cuBLAS keep for themselves (about 1 GB on a GPU), and the block that FSDP gathers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pusa_fast.model.linear import add_lora
 from pusa_fast.model.vae_memory import Tracker
 from pusa_fast.training import fafm, flops, metrics
 from pusa_fast.training.config import TrainConfig
+from pusa_fast.training.data import auto_parts
 from pusa_fast.training.memory import save_memory
 from pusa_fast.training.optim import hidden_matrices
 from pusa_fast.training.store import LatentStore
@@ -53,18 +54,20 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_run(config: TrainConfig) -> Plan:
-    """For the largest shape among the config's clips. Raises what reading the clips' index and the model's headers does."""
+def plan_run(config: TrainConfig, processes: int = 1) -> Plan:
+    """For the largest shape among the config's clips, and one of so many processes. Raises what reading the clips' index and the model's headers does."""
     store = LatentStore(config.data.path)
     if not store.clips:
         raise ValueError(f"{config.data.path} holds no clips: prepare some")
     shape = max((clip.shape for clip in store.clips), key=lambda s: s[1] * s[2] * s[3])
     source = config.dit or find_model(config.model).dit
     dit = load_dit(source, device="meta").config
-    return plan_step(config, dit, shape, store.text_len)
+    return plan_step(config, dit, shape, store.text_len, processes=processes)
 
 
-def plan_step(config: TrainConfig, dit: DiTConfig | str, shape: tuple[int, ...], text: int, device: torch.device | None = None) -> Plan:
+def plan_step(
+    config: TrainConfig, dit: DiTConfig | str, shape: tuple[int, ...], text: int, device: torch.device | None = None, processes: int = 1
+) -> Plan:
     """A step on clips of one shape [C, F, h, w] with `text` context rows. `dit`: a configuration, or a name in `MODELS`.
 
     `device`: where it will run (None: where one stands): it decides which operators are followed, and what is estimated.
@@ -76,9 +79,13 @@ def plan_step(config: TrainConfig, dit: DiTConfig | str, shape: tuple[int, ...],
         dit = found
     where = device or torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, config.dtype or ("bfloat16" if where.type == "cuda" else "float32"))
-    share = config.batch_size // config.accumulate
-    memory = _memory(config, dit, (share, *shape), text, dtype, where)
-    batch = (config.batch_size, *shape)
+    parts = config.accumulate or auto_parts(config.batch_size, processes, shape)
+    if config.batch_size % (processes * parts):
+        raise ValueError(f"a batch of {config.batch_size} clips cannot be shared by {processes} processes in {parts} parts")
+    memory = _memory(config, dit, (config.batch_size // (processes * parts), *shape), text, dtype, where)
+    if config.parallel == "fsdp":
+        memory = {part: size if part == "activations" else size // processes for part, size in memory.items()}
+    batch = (config.batch_size // processes, *shape)
     work = flops.training_step(config)(dit, batch, text)
     return Plan(memory, flops.tokens(dit, batch, text), work, _seconds(config, dit, batch, text, where))
 

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -84,7 +86,10 @@ class Checkpoints:
             with _alone(self.world):
                 save(_state(model, optimizers, average), checkpoint_id=part, no_dist=self.world.size == 1)
             if self.world.is_first:
-                (part / STATE).write_text(json.dumps({"step": step, "identity": self.identity, **more}, indent=1))
+                with (part / STATE).open("w") as file:
+                    file.write(json.dumps({"step": step, "identity": self.identity, **more}, indent=1))
+                    file.flush()
+                    os.fsync(file.fileno())
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(part, final)
                 if validation_loss is not None and validation_loss < (self.best() or {"loss": float("inf")})["loss"]:
@@ -108,10 +113,10 @@ class Checkpoints:
 
         Raises ValueError where it is of another configuration, naming what differs, or cannot be read.
         """
-        steps = self.steps()
-        if not steps:
+        newest = self.world.gather(max(self.steps(), default=None))[0]  # on a network disk, processes may see different ones
+        if newest is None:
             return None
-        path = self.path(steps[-1])
+        path = self.path(newest)
         try:
             about = dict(json.loads((path / STATE).read_text()))
             then, _ = dict(about["identity"]), int(about["step"])
@@ -137,6 +142,26 @@ class Checkpoints:
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )  # fmt: skip
         return about
+
+    def read(self, part: str) -> dict[str, Tensor]:
+        """Tensors of the newest checkpoint by parameter name, on the CPU, without a model. `part`: "model" or "average".
+
+        Empty where it has no such part. Raises ValueError where there is no checkpoint, or it cannot be read.
+        """
+        steps = self.steps()
+        if not steps:
+            raise ValueError(f"{self.folder.parent} holds no checkpoint: train first")
+        path = self.path(steps[-1])
+        try:
+            entries = FileSystemReader(path).read_metadata().state_dict_metadata
+            wanted = {name.removeprefix(f"{part}."): e for name, e in entries.items() if name.startswith(f"{part}.")}
+            tensors = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in wanted.items() if isinstance(e, TensorStorageMetadata)}
+            if tensors:
+                with _alone(World(torch.device("cpu"))):
+                    load({part: tensors}, checkpoint_id=path, no_dist=True)
+        except (Exception, CheckpointException) as error:
+            raise ValueError(f"{path} cannot be read ({' '.join(repr(_unwrapped(error)).split())[:200]}): delete it to read the one before it") from error
+        return tensors
 
     def _forget(self) -> None:
         """Keep the last `keep` and the best."""

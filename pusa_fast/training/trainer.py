@@ -11,14 +11,14 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pusa_fast.attention import resolve
@@ -34,9 +34,14 @@ from pusa_fast.training.saved import Checkpoints
 from pusa_fast.training.store import LatentStore, write_text
 from pusa_fast.training.validation import Previews
 from pusa_fast.weights import checkpoint, keymap, load_dit
+from pusa_fast.weights.files import DIT, fingerprint
 from pusa_fast.weights.pretrained import ModelFiles, find_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# What to change when a step runs out of memory.
+_RELIEF = "raise accumulate, set memory.checkpointing to attention or memory.offload to true, or parallel to fsdp on more processes; train --plan says what it takes"
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,6 @@ def check(config: TrainConfig) -> tuple[ModelFiles, LatentStore]:
     for sample in config.validation.samples:
         if sample.image is not None and not sample.image.is_file():
             raise FileNotFoundError(f"validation picture {sample.image} does not exist")
-    fafm.check_weighting(config.objective.weighting)
     if config.out.exists() and not config.out.is_dir():
         raise NotADirectoryError(f"out {config.out} is a file: give a folder")
     return files, store
@@ -121,10 +125,13 @@ class Trainer:
         self.parameters = list(named.values())
         self.optimizers = optim.build_optimizers(named, config.optim)
         self.average = optim.Average(named, config.optim.ema_decay) if config.optim.ema_decay else None
-        identity = {**config.identity(), "clips": store.fingerprint}
+        weights = "given" if base is not None else fingerprint(config.dit or files.dit, DIT)
+        identity = {**config.identity(), "clips": store.fingerprint, "weights": weights, "dtype": str(self.dtype)}
         self.checkpoints = Checkpoints(config.out, identity, config.checkpoints.keep, world)
         found = self.checkpoints.restore(self.dit, self.optimizers, self.average)
         self.step = 0 if found is None else int(found["step"])
+        if self.step > config.steps:
+            raise ValueError(f"{config.out} is at step {self.step}, past steps {config.steps}: raise steps, or give another out")
         self.previews = Previews(config, files, world)
         self.peak = metrics.peak_flops(world.device)
 
@@ -134,46 +141,59 @@ class Trainer:
             config.out.mkdir(parents=True, exist_ok=True)
             write_text(config.out / "config.yaml", dump_config(config))
         log = metrics.Metrics(config, self.step) if self.world.is_first else None
-        saved = validated = self.step
-        loss = None
-        try:
-            with _stop_requests() as stop:
-                for parts in self.data.steps(self.step):
-                    if self.step >= config.steps or stop.agreed(self.world):
+        saved, loss, weights = self.step, None, None
+        with _stop_requests() as stop, closing(self.data.steps(self.step)) as steps:
+            try:
+                clock = time.perf_counter()
+                while self.step < config.steps and not stop.agreed(self.world):
+                    row = self.train_step(next(steps), stop, clock)
+                    if row is None:
                         break
-                    row = self.train_step(parts)
                     if log is not None:
                         log.write(row)
                         self._say(row)
-                    if _due(self.step, config.validation.every, config.steps):
-                        validated, loss = self.step, self.validate(log)
-                    if _due(self.step, config.checkpoints.every, config.steps):
-                        self._save(loss if validated == self.step else None)
+                    loss = self.validate(log) if _due(self.step, config.validation.every, config.steps) else None
+                    if _due(self.step, config.checkpoints.every, config.steps) or self._is_best(loss):
+                        self._save(loss)
                         saved = self.step
+                    clock = time.perf_counter()
                 if saved != self.step:
-                    self._save(loss if validated == self.step else None)
-        finally:
-            if log is not None:
-                log.close()
-        done = self.step >= config.steps
-        return Outcome(self.step, self.export() if done else None, stop.received)
+                    self._save(loss)
+            finally:
+                if log is not None:
+                    log.close()
+            if self.step >= config.steps:
+                weights = self.export()
+        return Outcome(self.step, weights, stop.received)
 
-    def train_step(self, parts: list[Batch]) -> dict[str, Any]:
-        """One optimiser step over this process's share of a batch. Returns its row of metrics."""
-        start, config = time.perf_counter(), self.config
+    def train_step(self, parts: list[Batch], stop: _Stop | None = None, clock: float | None = None) -> dict[str, Any] | None:
+        """One optimiser step over this process's share of a batch. Returns its row of metrics, timed from `clock` (None: from now).
+
+        A `stop` that comes between two parts drops the step, which is the same when it is taken again, and returns None. Raises
+        OutOfMemoryError that says what helps, FloatingPointError where the loss is no number.
+        """
+        try:
+            return self._step(parts, stop, time.perf_counter() if clock is None else clock)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(f"out of memory in train at step {self.step + 1}: {_RELIEF}") from error
+
+    def _step(self, parts: list[Batch], stop: _Stop | None, start: float) -> dict[str, Any] | None:
+        config = self.config
         optim.set_rate(self.optimizers, optim.rate(self.step, config.steps, config.optim))
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         frames: list[Tensor] = []
         total, levels = torch.zeros((), device=self.world.device), torch.zeros(2, 4, dtype=torch.float64, device=self.world.device)
         for number, batch in enumerate(parts, 1):
+            if number > 1 and stop is not None and stop.agreed(self.world):
+                return None
             with accumulating(self.forward, last=number == len(parts)):
                 loss, errors, sigma = self.loss(batch)
                 torch.autograd.backward(loss / len(parts))
             total += loss.detach() / len(parts)
             levels += metrics.level_errors(sigma, errors)
             frames.append(errors)
-        norm = _whole(nn.utils.clip_grad_norm_(self.parameters, config.optim.clip_norm or math.inf))
+        norm = _whole(optim.clip(self.parameters, config.optim.clip_norm))
         sums = self.world.sum(torch.cat([total.double()[None], levels.flatten()]))
         mean = float(sums[0]) / self.world.size
         if not math.isfinite(mean) or not math.isfinite(float(norm)):
@@ -183,15 +203,17 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.step)
         self.step += 1
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)  # the optimiser's time is this step's
         return self._row(mean, float(norm), sums[1:].view(2, 4), parts, time.perf_counter() - start)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(weighted loss, frame errors [B, F], levels [B, F]) of the model on one batch."""
         device = self.world.device
-        clean, noise, sigma = (t.to(device, non_blocking=True) for t in (batch.latents, batch.noise, batch.sigma))
+        clean, noise, sigma, context = (t.to(device) for t in (batch.latents, batch.noise, batch.sigma, batch.context))
         noised, timestep, target = fafm.noised(clean, noise, sigma, torch.float32 if self.config.lora is None else self.dtype)
         with torch.autocast(device.type, self.dtype) if self._autocast else nullcontext():
-            velocity = self.forward(noised, timestep, batch.context.to(device, non_blocking=True))
+            velocity = self.forward(noised, timestep, context)
         loss, errors = fafm.loss(velocity, target, sigma, self.config.objective.weighting, self.shift)
         return loss, errors, sigma
 
@@ -210,27 +232,30 @@ class Trainer:
     @torch.no_grad()
     def _validation_loss(self) -> float | None:
         count, total = self.config.data.validation_clips, torch.zeros(2, dtype=torch.float64)
-        share = max(1, self.config.batch_size // (self.world.size * self.config.accumulate))
-        batches = list(validation_batches(self.store, count, share, self.sampling, self.config.seed))
         sharded = self.config.parallel == "fsdp"  # then every process takes part in every forward
-        for number, batch in enumerate(batches):
-            if sharded or number % self.world.size == self.world.rank:
-                loss, _, _ = self.loss(batch)
-                total += torch.tensor([float(loss) * len(batch.clips), len(batch.clips)], dtype=torch.float64)
+        for batch in validation_batches(
+            self.store, count, self.data.share, self.sampling, self.config.seed, lambda n: sharded or n % self.world.size == self.world.rank
+        ):
+            loss, _, _ = self.loss(batch)
+            total += torch.tensor([float(loss) * len(batch.clips), len(batch.clips)], dtype=torch.float64)
         total = self.world.sum(total)
         return float(total[0] / total[1]) if count else None
 
     def export(self) -> Path:
         """Write what was trained, averaged where there is an average: lora.safetensors (released style) or dit.safetensors."""
-        out, trained = self.config.out, self.config.lora is not None
+        out, keep = self.config.out, self.world.is_first  # all gather, one keeps
         with self._averaged():
-            if trained:
-                path, tensors = out / "lora.safetensors", adapters.trained_updates(self.dit, _whole)
-                if self.world.is_first:
-                    adapters.write_lora(path, tensors)
+            if self.config.lora is not None:
+                path, updates = out / "lora.safetensors", adapters.trained_updates(self.dit, _whole, keep)
+                if keep:
+                    adapters.write_lora(path, updates)
             else:
-                path, state = out / "dit.safetensors", {n: _whole(t).cpu() for n, t in self.dit.state_dict().items()}
-                if self.world.is_first:
+                path, state = out / "dit.safetensors", {}
+                for name, tensor in self.dit.state_dict().items():
+                    gathered_tensor = _whole(tensor)
+                    if keep:
+                        state[name] = gathered_tensor.cpu()
+                if keep:
                     checkpoint.save(path, keymap.unpack(state), self.dit.config)
         self.world.barrier()
         return path
@@ -245,6 +270,11 @@ class Trainer:
         finally:
             if self.average is not None:
                 self.average.swap()
+
+    def _is_best(self, loss: float | None) -> bool:
+        """Whether this validation loss is the lowest so far. All processes have the same loss, the first one has the record."""
+        best = self.checkpoints.best() if self.world.is_first else None
+        return loss is not None and bool(self.world.gather(best is None or loss < best["loss"])[0])
 
     def _save(self, loss: float | None) -> None:
         self.checkpoints.save(self.step, self.dit, self.optimizers, self.average, {"processes": self.world.size}, loss)
@@ -270,10 +300,11 @@ class Trainer:
             )
 
     def _no_number(self, loss: float, norm: float, parts: list[Batch], frames: list[Tensor]) -> FloatingPointError:
-        """Names the clips whose errors are no numbers; where all are, those of the batch. Each process knows of its own."""
-        clips = [clip for batch in parts for clip in batch.clips]
+        """Names the clips of all processes whose errors are no numbers; where there are none, those of the batch."""
+        clips = [f"{clip.source} ({clip.caption!r})" for batch in parts for clip in batch.clips]
         bad = [clip for clip, own in zip(clips, torch.cat(frames).isfinite().all(1).tolist(), strict=True) if not own]
-        named = ", ".join(f"{c.source} ({c.caption!r})" for c in (bad or clips))
+        everyone = self.world.gather((bad, clips))
+        named = ", ".join([c for own, _ in everyone for c in own] or [c for _, own in everyone for c in own])
         steps = self.checkpoints.steps()
         last = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
         return FloatingPointError(
@@ -348,4 +379,4 @@ def _stop_requests() -> Iterator[_Stop]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
