@@ -119,7 +119,7 @@ def test_two_processes_compute_what_one_does(ran: Path, tmp_path: Path, name: st
         # Adam divides by the gradient's size: where that is next to nothing, rounding decides, hence the norm of all.
         flat = [torch.cat([t.flatten() for _, t in sorted(table.items())]) for table in (b, a)]
         assert relative_error(*flat) < 2e-3
-    assert sorted(p.name for p in (two / "checkpoints").iterdir()) == ["best.json", "step-000004"]
+    assert {"best.json", "step-000004"} <= {p.name for p in (two / "checkpoints").iterdir()}  # and the best, where another is
     assert json.loads((two / "checkpoints" / "step-000004" / "state.json").read_text())["processes"] == 2
 
 
