@@ -33,7 +33,7 @@ def nano() -> Pipeline:
 def test_it_stays_small_and_says_how_it_was_trained() -> None:
     assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 20_000_000
     training = json.loads((ASSETS / "model.json").read_text())["training"]
-    assert list(training["stages"]) == ["vae", "base", "lora"]
+    assert list(training["stages"]) == ["vae", "text", "base", "lora"]
     assert all(stage["steps"] > 0 and stage["seconds"] > 0 for stage in training["stages"].values())
 
 
