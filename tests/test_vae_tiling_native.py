@@ -455,7 +455,7 @@ def test_tensors_of_two_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="must be on the CPU"):  # ops that have no CUDA code
         call("finish_tiles", out=capsule([2, 6, 8, 3], device=(2, 0)))
     with pytest.raises(ValueError, match="must be on the CPU"):
-        _native.gelu_(capsule([4], device=(2, 0)), 1)
+        _native.gelu(capsule([4], device=(2, 0)), capsule([4]), 1)
 
 
 # CUDA and sanitizers
