@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pusa_fast.config import DiTConfig
+from pusa_fast.model import linear
 from pusa_fast.model.dit import WanDiT
 from pusa_fast.model.linear import LORA_TARGETS, add_lora, lora_state_dict, projections
-from pusa_fast.testing import make_input, relative_error
+from pusa_fast.testing import assert_within_budget, make_input, relative_error
 from pusa_fast.weights import load_dit
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -124,3 +125,29 @@ def test_bad_requests_are_named(dit: WanDiT) -> None:
     add_lora(dit, rank=2, targets=("self_attn.q",))
     with pytest.raises(ValueError, match="already has LoRA adapters"):
         add_lora(dit, rank=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [5, 50], ids=["fewer tokens than inputs", "more"])
+def test_gradients_of_adapters_on_a_packed_layer(dtype: torch.dtype, tokens: int) -> None:
+    """Two adapters on rows of one layer, both ways of adding them: output, and gradients of input and matrices."""
+    layer = torch.nn.Linear(24, 36).to(dtype).requires_grad_(False)
+    adapted = linear.AdaptedLinear(layer)
+    for name, rows in (("q", slice(0, 12)), ("v", slice(24, 36))):
+        adapted.adapters[name] = linear.LoRAAdapter(adapted, rows, 4, 6.0, "kaiming")
+        torch.nn.init.normal_(adapted.adapters[name].lora_B, std=0.3)
+    matrices = [m for a in adapted.adapters.values() for m in (a.lora_A, a.lora_B)]
+    x, dy = make_input(2, tokens, 24, dtype=dtype), make_input(2, tokens, 36, seed=1, dtype=dtype)
+
+    def composed(precision: torch.dtype) -> list[torch.Tensor]:
+        leaf, own = x.to(precision).requires_grad_(), [m.detach().to(precision).requires_grad_() for m in matrices]
+        y = torch.nn.functional.linear(leaf, layer.weight.to(precision), layer.bias.to(precision))
+        for (A, B), a in zip((own[:2], own[2:]), adapted.adapters.values(), strict=True):
+            y = torch.cat([y[..., : a.rows.start], y[..., a.rows] + 1.5 * (leaf @ A.T) @ B.T, y[..., a.rows.stop :]], dim=-1)
+        return [y.detach(), *torch.autograd.grad(y, [leaf, *own], dy.to(precision))]
+
+    leaf = x.clone().requires_grad_()
+    y = adapted(leaf)
+    found = [y.detach(), *torch.autograd.grad(y, [leaf, *matrices], dy)]
+    for ours, low, exact in zip(found, composed(dtype), composed(torch.float64), strict=True):
+        assert_within_budget(ours.to(dtype), low, exact)
