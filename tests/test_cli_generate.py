@@ -156,6 +156,9 @@ def test_from_makes_the_clip_again_and_options_win(model: Path, here: Path) -> N
     assert refused.exit_code == 2
     assert "clip.mp4 exists" in refused.stderr
     assert run("--from", "clip.json", "--overwrite").exit_code == 0
+    again = json.loads((here / "clip.json").read_text())
+    # First the frames, then the file: a difference says whether the model or the encoder made it.
+    assert again["hashes"] == record["hashes"]
     assert (here / "clip.mp4").read_bytes() == before
     assert run("--from", "clip.json", "--out", "again.mp4").exit_code == 0
     assert (here / "again.mp4").read_bytes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ def _make(
         video.encode_video(clip, target.clip, thinned, job.fps)
         video.contact_sheet(thinned.kept()).save(sheet, format="PNG")
         seconds["write"] = time.perf_counter() - start
-        made = _record(job, pipe, target, found, seconds)
+        made = _record(job, pipe, target, found, thinned.hash(), seconds)
         note.write_text(record.text(made), encoding="utf-8")
     typer.echo(f"wrote {', '.join(map(os.path.relpath, (target.clip, target.sheet, target.record)))}")
     used = {**made["hashes"]["model"], **made["hashes"]["lora"]}
@@ -87,21 +88,28 @@ def _make(
 
 
 class Thinned:
-    """Passes frames on, and keeps evenly spaced ones for a contact sheet: a long file need not stay in memory."""
+    """Passes frames on, hashes them, and keeps evenly spaced ones for a contact sheet: a long file need not stay in memory."""
 
     def __init__(self, frames: Iterator[Tensor], limit: int = SHEET_FRAMES) -> None:
         self._frames, self._limit, self._stride = frames, limit, 1
         self._kept: list[Tensor] = []
         self._last: Tensor | None = None
+        self._hash = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Tensor]:
         for number, frame in enumerate(self._frames):
+            frame = frame.cpu().contiguous()
             self._last = frame
+            self._hash.update(frame.numpy().data)
             if number % self._stride == 0:
                 self._kept.append(frame)
             if len(self._kept) > self._limit:
                 self._kept, self._stride = self._kept[::2], 2 * self._stride
             yield frame
+
+    def hash(self) -> str:
+        """SHA-256 of the bytes of all frames, before any encoder."""
+        return self._hash.hexdigest()
 
     def kept(self) -> Tensor:
         """[T,H,W,3], the first and the last frame among them."""
@@ -120,7 +128,9 @@ def _progress(steps: int, label: str) -> Iterator[Any]:
         yield lambda done, _steps, _latents: progress.update(bar, completed=done)
 
 
-def _record(job: Job, pipe: Pipeline, target: Target, hashes: dict[str, str], seconds: dict[str, float]) -> dict[str, Any]:
+def _record(
+    job: Job, pipe: Pipeline, target: Target, hashes: dict[str, str], frames: str, seconds: dict[str, float]
+) -> dict[str, Any]:
     """Every setting under the name by which `prepare` reads it again, then what else is known of the run."""
     settings = {field.name: getattr(job.settings, field.name) for field in fields(job.settings) if field.name != "output"}
     run = pipe.last_run
@@ -148,5 +158,7 @@ def _record(job: Job, pipe: Pipeline, target: Target, hashes: dict[str, str], se
         "seconds": {stage: round(spent, 4) for stage, spent in seconds.items()},
         "versions": record.versions(),
         "commit": record.commit(),
-        "hashes": {"model": record.named_hashes(job.files, hashes), "lora": {path: hashes[path] for path in job.lora or ()}},
+        "hashes": {
+            "model": record.named_hashes(job.files, hashes), "lora": {path: hashes[path] for path in job.lora or ()}, "frames": frames,
+        },
     }
