@@ -99,6 +99,17 @@ def test_a_batch_of_scored_clips_is_what_the_pipeline_makes(load: Any) -> None:
             assert (clips[i].int() - alone.int()).abs().max() <= 1
 
 
+def test_a_run_by_two_processes(load: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parents[1]))
+    launch = load("launch")
+    done = launch.run(tiny.config(steps=2), 2)
+    assert done.step == 2 and done.weights == tiny.runs / "run" / "lora.safetensors" and done.weights.exists()
+    state = json.loads((tiny.runs / "run" / "checkpoints" / "step-000002" / "state.json").read_text())
+    assert state["processes"] == 2
+    with pytest.raises(RuntimeError, match="ended with 1"):
+        launch.run(tiny.config("uneven", batch_size=3), 2)
+
+
 def test_intervals(load: Any) -> None:
     interval = load("scoring").interval
     mean, low, high = interval([100.0] * 90 + [0.0] * 10, percent=True)  # Wilson's interval of 90 of 100
@@ -112,20 +123,20 @@ def test_ablation_rows_are_scored_once_and_make_tables(load: Any, tmp_path: Path
     monkeypatch.setattr(ablate, "ROWS", tmp_path / "rows.json")
     scored: list[Any] = []
 
-    def score(model: Any, scenes: Any, tasks: Any) -> Iterator[Any]:
+    def score(pool: Any, model: Any, scenes: Any, tasks: Any) -> Iterator[Any]:
         scored.append(model)
         results = {task: {key_0: [50.0, 70.0] for key_0 in (*measures, "centroid error px")} for task, measures in ablate._MEASURES.values()}
         yield 2, results
 
     monkeypatch.setattr(ablate, "score", score)
-    ablation = ablate.Ablation(tmp_path, float("inf"))
+    ablation = ablate.Ablation(tmp_path, float("inf"), None)
     run = ablate.RUNS[0]
     keys = list(ablate.wanted(run, 0, 900))
     assert len(keys) == len(ablate.STRENGTHS) + len(ablate.STEPS) - 1 and len(set(keys)) == len(keys)
     for key in keys:
         ablation.score(key, ablation.model(run, tmp_path / "w.safetensors", key))
     assert [m.lora for m in scored[:2]] == [{str(tmp_path / "w.safetensors"): s} for s in ablate.STRENGTHS[:2]]
-    again = ablate.Ablation(tmp_path, float("inf"))
+    again = ablate.Ablation(tmp_path, float("inf"), None)
     assert all(again.known(key) for key in keys) and not again.known(ablate.Key(run.name, 1, 900, 1.0))
     assert json.loads((tmp_path / "rows.json").read_text())[0]["total"] == 60.0
     text = ablate.tables(again.rows)

@@ -15,19 +15,20 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import dit
+import launch
 import torch
 import train as nano
 from evaluate import between
-from scoring import Model, held_out_scenes, score
+from scoring import Model, held_out_scenes, score, workers
 
 from pusa_fast.training.config import TrainConfig, parse_config
 from pusa_fast.training.store import write_text
-from pusa_fast.training.trainer import train
 from pusa_fast.weights.files import file_hash
 
 HERE = Path(__file__).parent
@@ -56,7 +57,7 @@ class Run:
             "model": "nano", "out": folder, "seed": 1000 + seed, "steps": steps, "batch_size": BATCH, "accumulate": 1, "device": "cpu",
             "data": {"path": clips, "caption_dropout": 0.1}, "memory": {"checkpointing": "none"}, "logging": {"every": 150},
             "lora": None if self.rank is None else {"rank": self.rank},
-            "objective": {"levels": "continuous", "weighting": "uniform", "shift": dit.SHIFT, **self.objective},
+            "objective": {"levels": "continuous", "weighting": "uniform", "shift": dit.TRAINING_SHIFT, **self.objective},
             "optim": {"lr": 1e-4 if self.rank is None else 5e-4, "clip_norm": 1.0}, "checkpoints": {"every": 0, "keep": 1},
         }  # fmt: skip
         return parse_config(values)
@@ -65,13 +66,13 @@ class Run:
 _CLEAN = {"p_async": 0.0, "first_frame_clean": True}
 RUNS = (
     Run("fully random", {}, iterations=ITERATIONS),
-    Run("first frame clean", _CLEAN, iterations=(450, 900)),
-    Run("PTSS 0.2", {"p_async": 0.2}, iterations=(450, 900)),
-    Run("PTSS 0.5", {"p_async": 0.5}, iterations=(450, 900)),
-    Run("PTSS 0.8", {"p_async": 0.8}, iterations=(450, 900)),
+    Run("first frame clean", _CLEAN),
+    Run("PTSS 0.2", {"p_async": 0.2}),
+    Run("PTSS 0.5", {"p_async": 0.5}),
+    Run("PTSS 0.8", {"p_async": 0.8}),
     Run("half the rank", {}, HALF, (750,)),
-    Run("all weights, fully random", {}, None, (150, 450, 900)),
-    Run("all weights, first frame clean", _CLEAN, None, (150, 450, 900)),
+    Run("all weights, fully random", {}, None, (150, 900)),
+    Run("all weights, first frame clean", _CLEAN, None, (150, 900)),
 )
 
 
@@ -98,8 +99,8 @@ def wanted(run: Run, seed: int, iterations: int) -> Iterator[Key]:
 class Ablation:
     """Rows in `ROWS`, one a line; each is written as soon as it is known."""
 
-    def __init__(self, work: Path, deadline: float) -> None:
-        self.work, self.deadline = work, deadline
+    def __init__(self, work: Path, deadline: float, pool: ProcessPoolExecutor) -> None:
+        self.work, self.deadline, self.pool = work, deadline, pool
         self.rows: list[dict[str, Any]] = json.loads(ROWS.read_text()) if ROWS.exists() else []
         self.rows = [row for row in self.rows if row["base"] == Key("", 0, 0, 0.0).base]
         self.scenes = held_out_scenes(SCENES, SCENE_SEED)
@@ -133,7 +134,7 @@ class Ablation:
         folder = self.work / f"{run.name.replace(' ', '-').replace(',', '')}-{seed}"
         kept = folder / f"weights-{iterations}.safetensors"
         if not kept.exists():
-            done = train(run.config(seed, folder, clips, iterations))
+            done = launch.run(run.config(seed, folder, clips, iterations), dit.processes())
             if done.weights is None:
                 raise SystemExit("stopped: start the same command again to go on")
             _copied(done.weights, kept)
@@ -152,7 +153,7 @@ class Ablation:
         return Model(str(folder), {}, key.steps)
 
     def score(self, key: Key, model: Model) -> None:
-        *_, (_, results) = score(model, self.scenes, TASKS)
+        *_, (_, results) = score(self.pool, model, self.scenes, TASKS)
         row = asdict(key) | {name: _mean([v for m in measures for v in results[task][m]]) for name, (task, measures) in _MEASURES.items()}
         row["total"] = (row["i2v"] + row["quality"]) / 2
         row["motion px"] = _mean(results[TASKS[1]]["centroid error px"])
@@ -221,7 +222,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
     rank = [[f"{r} (paper: {16 * r})", *(_both(cell(rows, run=names[r], iterations=750, strength=s, steps=10), p) for s, p in zip(STRENGTHS, paper, strict=True))] for r, paper in _PAPER_RANK.items()]
     iterations = [[str(i), *(_both(cell(rows, run="fully random", iterations=i, strength=s, steps=10), p) for s, p in zip(STRENGTHS, paper, strict=True))] for i, paper in _PAPER_ITERATIONS.items()]
     steps = [[str(n), _both(cell(rows, run="fully random", iterations=900, strength=1.4, steps=n), p), *(cell(rows, m, run="fully random", iterations=900, strength=1.4, steps=n) for m in ("i2v", "quality"))] for n, p in _PAPER_STEPS.items()]
-    full = [[name, *(_both(cell(rows, run=name, iterations=i, strength=1.0, steps=10), paper.get(i, "")) for i in (150, 450, 900))] for name, paper in _PAPER_FULL.items()]
+    full = [[name, *(_both(cell(rows, run=name, iterations=i, strength=1.0, steps=10), paper.get(i, "")) for i in (150, 900))] for name, paper in _PAPER_FULL.items()]
     strengths = [f"strength {s:g}" for s in STRENGTHS]
     return "\n\n".join([
         f"{seeds} seed{'s' if seeds != 1 else ''}, {SCENES} held-out scenes a row; the base without a LoRA: {', '.join(base)}.",
@@ -229,7 +230,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         "LoRA rank and strength, 750 iterations", table(("rank", *strengths), rank),
         "Iterations and strength", table(("iterations", *strengths), iterations),
         "Inference steps, 900 iterations at strength 1.4", table(("steps", "total", "i2v", "quality"), steps),
-        "What trains, at strength 1 (the paper's LoRA at 1.4)", table(("training", "150 iterations", "450", "900"), full),
+        "What trains, at strength 1 (the paper's LoRA at 1.4)", table(("training", "150 iterations", "900"), full),
     ])  # fmt: skip
 
 
@@ -269,9 +270,10 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="only write the tables and plots")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    ablation = Ablation(args.work, time.monotonic() + 60 * args.minutes)
-    if not args.tables:
-        ablation.run(args.seeds)
+    with workers() as pool:
+        ablation = Ablation(args.work, time.monotonic() + 60 * args.minutes, pool)
+        if not args.tables:
+            ablation.run(args.seeds)
     write_text(PAGE, between(PAGE.read_text(), "<!-- ablate.py -->", tables(ablation.rows)))
     plot(ablation.rows)
 

@@ -19,7 +19,7 @@ from typing import Any
 import data
 import torch
 from rich.progress import Progress
-from scoring import Model, Results, held_out_scenes, interval, score
+from scoring import Model, Results, held_out_scenes, interval, score, workers
 
 from pusa_fast import Pipeline
 from pusa_fast.training import sprites
@@ -33,10 +33,10 @@ BASE, TUNED = "base", "base + Pusa LoRA"
 def evaluate(folder: str, scenes: Sequence[sprites.Scene]) -> dict[str, Results]:
     """Results of both models; a bar on the terminal."""
     found: dict[str, Results] = {}
-    with Progress() as progress:
+    with Progress() as progress, workers() as pool:
         for label, lora in ((BASE, {}), (TUNED, None)):
             bar = progress.add_task(label, total=len(scenes))
-            for done, results in score(Model(folder, lora), scenes):
+            for done, results in score(pool, Model(folder, lora), scenes):
                 progress.update(bar, completed=done)
                 found[label] = results
     return found

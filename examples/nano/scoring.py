@@ -40,7 +40,7 @@ class Model:
         return Pipeline.from_pretrained(self.folder, lora=lora, device="cpu")
 
 
-def text_to_video(scene: sprites.Scene, truth: Tensor, clip: Tensor) -> Scores:
+def text_to_video(scene: sprites.Scene, truth: Tensor, rebuilt: Tensor, clip: Tensor) -> Scores:
     seen = sprites.measure(clip)
     return {
         "colour right %": 100.0 * (seen.colors[-1] == scene.color),
@@ -49,30 +49,33 @@ def text_to_video(scene: sprites.Scene, truth: Tensor, clip: Tensor) -> Scores:
     }
 
 
-def image_to_video(scene: sprites.Scene, truth: Tensor, clip: Tensor) -> Scores:
-    seen, centers = sprites.measure(clip), scene.centers()
+def image_to_video(scene: sprites.Scene, truth: Tensor, rebuilt: Tensor, clip: Tensor) -> Scores:
+    seen, centers, start = sprites.measure(clip), scene.centers(), sprites.measure(rebuilt[:2]).centers
     return {
         "centroid error px": float(distance(seen.centers[1:], centers[1:]).mean()),
         "direction right %": 100.0 * (seen.direction == scene.direction),
         "colour kept %": 100.0 * all(c == scene.color for c in seen.colors[1:]),
         "shape kept to the end %": 100.0 * (seen.shapes[-1] == scene.shape),
         "seam jump px": float(distance(seen.centers[:1], seen.centers[1:2])),
-        "true motion there px": sprites.SPEEDS[scene.speed],
+        "that of the true clip px": float(distance(start[:1], start[1:])),
         "first frame error /255": float((clip[0].float() - truth[0].float()).abs().mean()),
     }
 
 
-def start_end(scene: sprites.Scene, truth: Tensor, clip: Tensor) -> Scores:
+def start_end(scene: sprites.Scene, truth: Tensor, rebuilt: Tensor, clip: Tensor) -> Scores:
     error = float(distance(sprites.measure(clip).centers[-1:], scene.centers()[-1:]))
     return {"end position error px": error, "end within 2 px %": 100.0 * (error <= 2)}
 
 
 @dataclass(frozen=True)
 class Task:
-    """`given`: (frame of the true clip, latent it is given as, noise); `score`: what the oracle makes of the result."""
+    """`given`: (frame of the true clip, latent it is given as, noise); `score`: what the oracle makes of the result.
+
+    It is told the scene, the true clip, that clip encoded and decoded, and the result.
+    """
 
     given: tuple[tuple[int, int, float], ...]
-    score: Callable[[sprites.Scene, Tensor, Tensor], Scores]
+    score: Callable[[sprites.Scene, Tensor, Tensor, Tensor], Scores]
 
 
 TASKS: Mapping[str, Task] = {
@@ -125,17 +128,28 @@ def make(pipe: Pipeline, captions: Sequence[str], truths: Tensor, given: Sequenc
     return torch.cat(list(pipe.vae.decode_frames(latents)), dim=1)
 
 
-def score(model: Model, scenes: Sequence[sprites.Scene], tasks: Sequence[str] = tuple(TASKS), workers: int | None = None) -> Iterator[tuple[int, Results]]:
+@torch.no_grad()
+def through_vae(pipe: Pipeline, clips: Tensor) -> Tensor:
+    """uint8 [N, T, H, W, 3], encoded and decoded."""
+    latents = pipe.vae.encode(clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
+    return torch.cat(list(pipe.vae.decode_frames(latents)), dim=1)
+
+
+def workers(count: int | None = None) -> ProcessPoolExecutor:
+    """Processes of one thread each (None: as many as there are cores) for any number of `score` calls."""
+    return ProcessPoolExecutor(count or len(os.sched_getaffinity(0)), get_context("spawn"), _start)
+
+
+def score(pool: ProcessPoolExecutor, model: Model, scenes: Sequence[sprites.Scene], tasks: Sequence[str] = tuple(TASKS)) -> Iterator[tuple[int, Results]]:
     """(scenes done, results so far) after each batch, in the order of the scenes; clip i has sampling seed i."""
     starts = range(0, len(scenes), BATCH)
     jobs = [(model, list(scenes[at : at + BATCH]), at, tuple(tasks)) for at in starts]
     found: Results = {}
-    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), get_context("spawn"), _start) as pool:
-        for at, results in zip(starts, pool.map(_batch, jobs), strict=True):
-            for name, measures in results.items():
-                for measure, values in measures.items():
-                    found.setdefault(name, {}).setdefault(measure, []).extend(values)
-            yield min(at + BATCH, len(scenes)), found
+    for at, results in zip(starts, pool.map(_batch, jobs), strict=True):
+        for name, measures in results.items():
+            for measure, values in measures.items():
+                found.setdefault(name, {}).setdefault(measure, []).extend(values)
+        yield min(at + BATCH, len(scenes)), found
 
 
 def _start() -> None:
@@ -152,10 +166,11 @@ def _batch(job: tuple[Model, list[sprites.Scene], int, tuple[str, ...]]) -> Resu
         _pipes.clear()
         _pipes[key] = model.load()
     truths, captions = sprites.render(scenes), [sprites.caption(scene) for scene in scenes]
+    rebuilt = through_vae(_pipes[key], truths)
     found: Results = {}
     for name in tasks:
         clips = make(_pipes[key], captions, truths, TASKS[name].given, range(first, first + len(scenes)), model.steps)
-        for scene, truth, clip in zip(scenes, truths, clips, strict=True):
-            for measure, value in TASKS[name].score(scene, truth, clip).items():
+        for scene, *shown in zip(scenes, truths, rebuilt, clips, strict=True):
+            for measure, value in TASKS[name].score(scene, *shown).items():
                 found.setdefault(name, {}).setdefault(measure, []).append(value)
     return found

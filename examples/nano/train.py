@@ -18,6 +18,7 @@ from typing import Any
 
 import dit
 import latents
+import launch
 import text
 import torch
 import vae
@@ -28,7 +29,7 @@ from pusa_fast.training import sprites
 from pusa_fast.training.config import TrainConfig
 from pusa_fast.training.metrics import read_metrics
 from pusa_fast.training.store import write_text
-from pusa_fast.training.trainer import Outcome, export_run, train
+from pusa_fast.training.trainer import Outcome, export_run
 from pusa_fast.weights import checkpoint, keymap, load_dit, load_vae
 from pusa_fast.weights.files import save
 
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS, help="the model directory (default: the embedded one)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps of every stage and on the clips")
-    parser.add_argument("--threads", type=int, default=dit.threads())
+    parser.add_argument("--threads", type=int, default=dit.threads(), help="of the VAE and text encoder; base and LoRA take as many processes")
     parser.add_argument("--export", action="store_true", help="write the weights of the newest checkpoint to --out")
     parser.add_argument("--until", choices=tuple(STAGES), default="lora", help="the last stage to run")
     args = parser.parse_args()
@@ -113,7 +114,7 @@ class Nano:
 
     def _base(self, start: int) -> dict[str, Any]:
         self._describe()
-        return self._save_base(_finished(train(self._base_config(start))), start)
+        return self._save_base(_finished(launch.run(self._base_config(start), dit.processes())), start)
 
     def _base_run(self, start: int) -> Path:
         return self.run / f"base-from-{start}"
@@ -140,7 +141,8 @@ class Nano:
 
     def _lora(self, start: int) -> dict[str, Any]:
         # On the weights as they are shipped, so that the adapter fits their rounding.
-        done = _finished(train(dit.lora_config(self.out, self._clips(), self.run / "lora", self.seed, self.scale)))
+        config = dit.lora_config(self.out, self._clips(), self.run / "lora", self.seed, self.scale)
+        done = _finished(launch.run(config, dit.processes()))
         assert done.weights is not None
         save(self.out / "pusa_lora.safetensors", half(load_file(done.weights)))
         return _figures(self.run / "lora")
