@@ -14,8 +14,8 @@ from pusa_fast.training.config import TrainConfig, parse_config
 from pusa_fast.weights import checkpoint, keymap
 
 ARCHITECTURE = DiTConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=6, text_dim=64, freq_dim=64)
-SHIFT = 3.0
-BASE_STEPS, LORA_STEPS, LORA_RANK, BATCH = 8240, 1000, 32, 32
+SHIFT, TRAINING_SHIFT = 5.0, 3.0  # sampling takes larger steps at its end, where little is left to decide
+BASE_STEPS, LORA_STEPS, LORA_RANK, BATCH = 16240, 1500, 32, 32
 
 
 def base_steps(scale: float) -> int:
@@ -39,7 +39,7 @@ def base_config(model: Path, start: Path, clips: Path, out: Path, seed: int, sca
         **_common(model, clips, out, seed, base_steps(scale)),
         "dit": start,
         "lora": None,
-        "objective": {"p_async": 0.0, "levels": "continuous", "weighting": "uniform", "shift": SHIFT},
+        "objective": {"p_async": 0.0, "levels": "continuous", "weighting": "uniform", "shift": TRAINING_SHIFT},
         "optim": {
             "name": "muon", "lr": 2e-3, "muon_lr": 6e-3, "betas": (0.9, 0.99), "weight_decay": 0.0, "schedule": "cosine",
             "final_lr": 0.02, "warmup_steps": min(100, base_steps(scale) - 1), "clip_norm": 1.0, "ema_decay": 0.999,
@@ -52,7 +52,7 @@ def lora_config(model: Path, clips: Path, out: Path, seed: int, scale: float, **
     return parse_config({
         **_common(model, clips, out, seed, lora_steps(scale)),
         "lora": {"rank": LORA_RANK},
-        "objective": {"levels": "continuous", "weighting": "uniform", "shift": SHIFT},
+        "objective": {"levels": "continuous", "weighting": "uniform", "shift": TRAINING_SHIFT},
         "optim": {
             "lr": 2e-3, "betas": (0.9, 0.99), "schedule": "cosine", "final_lr": 0.02, "warmup_steps": min(40, lora_steps(scale) - 1),
             "clip_norm": 1.0, "ema_decay": 0.99,
@@ -67,6 +67,11 @@ def _common(model: Path, clips: Path, out: Path, seed: int, steps: int) -> dict[
         "data": {"path": clips, "caption_dropout": 0.1, "validation_clips": BATCH},
         "memory": {"checkpointing": "none"}, "checkpoints": {"every": 200}, "validation": {"every": 500}, "logging": {"every": 50},
     }  # fmt: skip
+
+
+def processes() -> int:
+    """Of as many as torch has threads, the most that share a batch evenly."""
+    return max(n for n in range(1, torch.get_num_threads() + 1) if BATCH % n == 0)
 
 
 def threads() -> int:

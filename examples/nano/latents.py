@@ -13,19 +13,21 @@ from text import TEXT_LEN
 
 from pusa_fast.model.text import TextEncoder
 from pusa_fast.model.vae import WanVAE
+from pusa_fast.training import sprites
 from pusa_fast.training.store import StoreWriter
 from pusa_fast.weights import load_vae
 from pusa_fast.weights.files import file_hash
 
-CLIPS, SHARD = 8_000, 400
+CLIPS, SHARD = 10_000, 400
 PHOTO_SHARE = 0.1  # their errors are four times those of other clips: more of them drown the rest
 _TOGETHER = 20
 
 
 def folder(run: Path, model: Path) -> Path:
-    """Named by the VAE, text encoder and share of photographs, so that latents of others are never taken."""
-    parts = file_hash(model / "vae.safetensors") + file_hash(model / "text_encoder" / "model.safetensors")
-    return run / f"latents-{hashlib.sha256(f'{parts}{PHOTO_SHARE}'.encode()).hexdigest()[:12]}"
+    """Named by the VAE, the text encoder and what is drawn, so that latents of others are never taken."""
+    drawn = (PHOTO_SHARE, data.STILL_SHARE, data.SHAPE_RATES, *sprites.GRAMMAR)
+    parts = (file_hash(model / "vae.safetensors"), file_hash(model / "text_encoder" / "model.safetensors"), drawn)
+    return run / f"latents-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
 
 
 def sample(seed: int, index: int) -> tuple[data.Sample, str]:

@@ -19,7 +19,7 @@ COLORS = {
 BACKGROUNDS = {"black": (18, 18, 20), "gray": (118, 118, 118), "white": (236, 236, 232), "brown": (96, 66, 44)}
 DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "down": (0.0, 1.0), "up": (0.0, -1.0)}
 SPEEDS = {"slowly": 1.0, "quickly": 2.0}  # pixels per frame
-SIZES = {"small": 7.5, "large": 10.5}  # radius of the circle of equal area, pixels
+SIZES = {"small": 9.0, "large": 12.0}  # radius of the circle of equal area, pixels
 # Reach of each shape from its centroid in radii: sideways, up, down.
 SHAPES = {
     "circle": (1.0, 1.0, 1.0), "square": (0.886, 0.886, 0.886),
