@@ -6,16 +6,19 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from pusa_fast import Condition, Pipeline
 from pusa_fast.training import sprites
 from pusa_fast.training.store import LatentStore
+from pusa_fast.training.trainer import Outcome
 
 FOLDER = Path(__file__).parents[1] / "examples" / "nano"
 
@@ -118,27 +121,90 @@ def test_intervals(load: Any) -> None:
     assert mean == 2.0 and high - mean == pytest.approx(1.96 / 3**0.5)
 
 
-def test_ablation_rows_are_scored_once_and_make_tables(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ablate = load("ablate")
+class Inline(Executor):
+    """Does what it is given at once."""
+
+    def submit(self, call: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(call(*args, **kwargs))
+        return future
+
+
+def _scores(path_px: tuple[float, float]) -> Any:
+    t2v = {f"{name} right %": [50.0, 70.0] for name in ("direction", "colour", "shape")}
+    i2v = {"direction right %": [50.0, 70.0], "colour kept %": [50.0, 70.0], "shape kept to the end %": [50.0, 70.0], "centroid error px": [*path_px]}
+    return {"text-to-video": t2v, "image-to-video, noise 0": i2v}
+
+
+def test_ablation_trains_and_scores_what_is_missing(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ablate, trained, scored = load("ablate"), [], []
     monkeypatch.setattr(ablate, "ROWS", tmp_path / "rows.json")
-    scored: list[Any] = []
+
+    def train(config: Any) -> Any:
+        trained.append((config.out.name, config.steps, config.batch_size))
+        config.out.mkdir(parents=True, exist_ok=True)
+        weights = config.out / "lora.safetensors"
+        weights.write_bytes(b"weights")
+        return Outcome(config.steps, weights)
 
     def score(pool: Any, model: Any, scenes: Any, tasks: Any) -> Iterator[Any]:
         scored.append(model)
-        results = {task: {key_0: [50.0, 70.0] for key_0 in (*measures, "centroid error px")} for task, measures in ablate._MEASURES.values()}
-        yield 2, results
+        yield 2, _scores((3.0, 3.1))
 
+    monkeypatch.setattr(ablate, "train", train)
     monkeypatch.setattr(ablate, "score", score)
-    ablation = ablate.Ablation(tmp_path, float("inf"), None)
-    run = ablate.RUNS[0]
-    keys = list(ablate.wanted(run, 0, 900))
-    assert len(keys) == len(ablate.STRENGTHS) + len(ablate.STEPS) - 1 and len(set(keys)) == len(keys)
-    for key in keys:
-        ablation.score(key, ablation.model(run, tmp_path / "w.safetensors", key))
-    assert [m.lora for m in scored[:2]] == [{str(tmp_path / "w.safetensors"): s} for s in ablate.STRENGTHS[:2]]
-    again = ablate.Ablation(tmp_path, float("inf"), None)
-    assert all(again.known(key) for key in keys) and not again.known(ablate.Key(run.name, 1, 900, 1.0))
-    assert json.loads((tmp_path / "rows.json").read_text())[0]["total"] == 60.0
-    text = ablate.tables(again.rows)
-    assert "| 900 | 60.0 (81.78) | 60.0 (87.69) | 60.0 (86.93) | 60.0 (85.91) |" in text and "| first frame clean | - (73.27)" in text
-    assert ablate.cell([{"total": 1.0, "a": 1}, {"total": 3.0, "a": 1}], a=1) == "2.0 ± 12.7"
+
+    def work(seed: int = 0, deadline: float = float("inf")) -> Any:
+        rows = ablate.Rows()
+        ablate.work_off(Inline(), rows, ablate.tasks(rows, seed, tmp_path, tmp_path / "clips"), 2, deadline)
+        return rows
+
+    assert work(deadline=0.0).all == [] and not trained  # nothing starts after the deadline
+    rows = work()
+    assert [steps for name, steps, _ in trained if name == "fully-random-0"] == [150, 450, 750, 900, 1200]
+    assert len(rows.all) == len(scored) == 1 + sum(len(list(ablate.wanted(r, 0, i))) for r in ablate.RUNS for i in r.iterations)
+    assert {batch for _, _, batch in trained} == {8}
+    weights = str(tmp_path / "fully-random-0" / "weights-150.safetensors")
+    assert [m.lora for m in scored if m.lora and weights in m.lora] == [{weights: s} for s in ablate.STRENGTHS]
+    assert any(m.folder == str(tmp_path / "all-weights-fully-random-0" / "weights-900") and m.lora == {} for m in scored)
+    row = json.loads((tmp_path / "rows.json").read_text())[0]
+    # Image-to-video: three measures of 60, and one clip of two near enough to the true path.
+    assert (row["quality"], row["i2v path"], row["i2v"], row["total"], row["path px"]) == (60.0, 50.0, 57.5, 58.75, 3.05)
+
+    trained.clear()
+    scored.clear()
+    assert len(work().all) == len(rows.all) and not trained and not scored  # all is known
+    lines = (tmp_path / "rows.json").read_text().splitlines()
+    kept = [line for line in lines if not ('"fully random"' in line and '"iterations": 450, "strength": 1.7' in line)]
+    (tmp_path / "rows.json").write_text("\n".join(kept))
+    assert len(work().all) == len(rows.all)
+    assert not trained and len(scored) == 1 and list(scored[0].lora.values()) == [1.7]  # its weights were kept
+    again = ablate.Rows()
+    assert not again.known(ablate.Key("fully random", 1, 900, 1.0)) and again.known(ablate.Key("fully random", 0, 900, 1.4, 5))
+
+
+def test_a_stopped_ablation_says_how_to_go_on(load: Any, tmp_path: Path) -> None:
+    ablate = load("ablate")
+    training = ablate.Training(ablate.RUNS[0], 0, (150,), tmp_path, tmp_path)
+    with pytest.raises(SystemExit, match="start the same command again"):
+        training.done(None, None)
+
+
+def test_ablation_tables(load: Any, tmp_path: Path) -> None:
+    module, ablate = load("ablation_tables"), load("ablate")
+    totals = {0: 1.0, 1: 3.0}
+    runs = [(r, i) for r in ablate.RUNS for i in r.iterations]
+    measures = ("i2v", "quality", "path px")
+    rows = [
+        {**vars(key), "total": total, **dict.fromkeys(measures, 0.0)}
+        for seed, total in totals.items() for r, i in runs for key in ablate.wanted(r, seed, i)
+    ]  # fmt: skip
+    assert module.cell(rows, run="fully random", iterations=900, strength=1.4) == "2.0 ± 12.7"  # Student's t of two values
+    assert module.cell(rows[:1], paper=81.62, run="fully random", iterations=150, strength=1.0) == "1.0 (81.62)"
+    text = module.tables([*rows, {"run": "base", "steps": 10, "strength": 0.0, "iterations": 0, "seed": 0, "total": 7.0, **dict.fromkeys(measures, 5.0)}], 100)
+    assert "| 900 | 2.0 ± 12.7 (81.78) | 2.0 ± 12.7 (87.69) | 2.0 ± 12.7 (86.93) | 2.0 ± 12.7 (85.91) |" in text
+    assert "2 seeds, 100 held-out scenes" in text and "total 7.0, i2v 5.0, quality 5.0" in text
+    assert " - (" not in text  # the runs make every cell
+    assert "| first frame clean | - (73.27)" in module.tables([row for row in rows if row["run"] == "fully random"], 100)
+    module.plot(rows, tmp_path / "images" / "plot.png")
+    assert Image.open(tmp_path / "images" / "plot.png").width > 1000

@@ -6,10 +6,11 @@ A batch goes through the same functions as `Pipeline`, twenty clips at a time; t
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -136,16 +137,18 @@ def through_vae(pipe: Pipeline, clips: Tensor) -> Tensor:
 
 
 def workers(count: int | None = None) -> ProcessPoolExecutor:
-    """Processes of one thread each (None: as many as there are cores) for any number of `score` calls."""
+    """Processes of one thread each (None: as many as there are cores) for any number of calls; they end with this one."""
     return ProcessPoolExecutor(count or len(os.sched_getaffinity(0)), get_context("spawn"), _start)
 
 
-def score(pool: ProcessPoolExecutor, model: Model, scenes: Sequence[sprites.Scene], tasks: Sequence[str] = tuple(TASKS)) -> Iterator[tuple[int, Results]]:
-    """(scenes done, results so far) after each batch, in the order of the scenes; clip i has sampling seed i."""
+def score(
+    pool: ProcessPoolExecutor | None, model: Model, scenes: Sequence[sprites.Scene], tasks: Sequence[str] = tuple(TASKS)
+) -> Iterator[tuple[int, Results]]:
+    """(scenes done, results so far) after each batch, in the order of the scenes; clip i has sampling seed i. `pool` None: here."""
     starts = range(0, len(scenes), BATCH)
     jobs = [(model, list(scenes[at : at + BATCH]), at, tuple(tasks)) for at in starts]
     found: Results = {}
-    for at, results in zip(starts, pool.map(_batch, jobs), strict=True):
+    for at, results in zip(starts, (map if pool is None else pool.map)(_batch, jobs), strict=True):
         for name, measures in results.items():
             for measure, values in measures.items():
                 found.setdefault(name, {}).setdefault(measure, []).extend(values)
@@ -154,6 +157,15 @@ def score(pool: ProcessPoolExecutor, model: Model, scenes: Sequence[sprites.Scen
 
 def _start() -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 _pipes: dict[Any, Pipeline] = {}
