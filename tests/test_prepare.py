@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from pusa_fast import Tiling, WanVAE, cli, video
+from pusa_fast import Tiling, WanDiT, WanVAE, cli, video
 from pusa_fast.model.text import TextEncoder
 from pusa_fast.sampling.conditioning import to_video
 from pusa_fast.training import catalog
 from pusa_fast.training.buckets import Bucket, choose, parse_bucket, read_windows, window_starts
-from pusa_fast.training.prepare import FILES, REPORT, SHEET, prepare
+from pusa_fast.training.catalog import FILES
+from pusa_fast.training.data import training_clips
+from pusa_fast.training.prepare import REPORT, SHEET, prepare
 from pusa_fast.training.sources import read_sources
-from pusa_fast.training.store import EMPTY, LatentStore
+from pusa_fast.training.store import EMPTY, INDEX, SELECTION, SHARDS, LatentStore, read_index
 from pusa_fast.weights import load_vae
 from pusa_fast.weights.pretrained import find_model
 
@@ -133,6 +136,15 @@ def test_a_folder_of_files_with_captions(here: Path) -> None:
     assert "short.txt cannot be read" in str(found[4].problem)
 
 
+def test_a_caption_that_is_null_is_empty(here: Path) -> None:
+    (here / "l.jsonl").write_text('{"video": "films/a.mp4", "text": null}\n{"video": "films/b.mp4", "text": "x"}\n')
+    made = prepare("l.jsonl", "out", buckets=SMALL)
+    assert made.clips == 1 and made.bad == [("films/a.mp4", "its caption is empty: write what the clip shows")]
+    (here / "l.jsonl").write_text('{"video": null, "text": "x"}\n')
+    with pytest.raises(ValueError, match=r"l\.jsonl line 1: video=None is no text"):
+        read_sources("l.jsonl")
+
+
 BAD_LISTS: dict[str, tuple[str, bytes, list[str]]] = {
     "no columns": ("l.csv", b"", ["l.csv line 1", "no column file_name", "no column text", "among none"]),
     "other columns": ("l.csv", b"file,text\na.mp4,x\n", ["line 1", "no column file_name", "file, text"]),
@@ -224,8 +236,9 @@ def test_latents_and_text_of_real_films(tmp_path: Path, vae: WanVAE, name: str, 
     for i, start in enumerate((0, frames - bucket.frames)):
         wanted = ends[i][: bucket.frames] if i == 0 else ends[i][-bucket.frames :]
         fitted = video.fit(wanted, (bucket.width, bucket.height), "pad")
+        made_from = found.clips[i].details["latents"]
         assert found.clips[i].details == {
-            "file": hashlib.sha256(real_file(name).read_bytes()).hexdigest(), "start": start, "frames": bucket.frames, "fps": None, "fit": "pad",
+            "latents": made_from, "file": hashlib.sha256(real_file(name).read_bytes()).hexdigest(), "start": start, "frames": bucket.frames, "fps": None, "fit": "pad",
         }  # fmt: skip
         assert torch.equal(found.latents(i), vae.encode(to_video(fitted, torch.device("cpu")))[0])
         assert torch.equal(found.text(i), text.encode(["a red circle moves right"])[0])
@@ -273,7 +286,8 @@ def test_every_setting_makes_another_clip(here: Path) -> None:
     settings.append({"tiling": Tiling(tile=(4, 2), stride=(2, 1))})
     made = [prepare("l.csv", "out", **{"buckets": SMALL, **more}) for more in settings]
     assert [m.new for m in made] == [1] * len(settings)
-    assert len(LatentStore("out")) == len(settings)
+    stored = read_index(here / "out")[0]
+    assert len(stored) == len({clip.details["latents"] for clip in stored}) == len(settings)
     assert prepare("l.csv", "out", buckets=SMALL, tiling=Tiling(mode="exact", tile=(2, 2))).new == 0  # gives the same latents
     with pytest.raises(ValueError, match=r"out holds clips of another model \(dtype: bfloat16, now float32\)"):
         prepare("l.csv", "out", buckets=SMALL, dtype="float32")
@@ -298,6 +312,243 @@ def test_captions_that_are_too_long_are_noted(here: Path) -> None:
     assert note == "note: 1 captions are cut after 24 tokens, all that the model reads; the first is that of films/a.mp4"
     assert counts == "2 clips in out (2 new): 2 of 32x32x5"
     assert LatentStore("out").clips[0].tokens == 24
+
+
+# -- a folder that is prepared into again
+
+
+def six_films(here: Path) -> list[str]:
+    for i in range(6):
+        video.write_video(here / f"{i}.mp4", frames_of(9, i, (32, 32)), fps=8)
+    return [f"{i}.mp4,a red circle {i}" for i in range(6)]
+
+
+def trained_on(folder: str) -> list[tuple[str, str]]:
+    return [(clip.source, clip.caption) for clip in LatentStore(folder).clips]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """The results of calls to come of `owner.name`."""
+    found, real = list[Any](), getattr(owner, name)
+
+    def call(*words: Any, **named: Any) -> Any:
+        found.append(real(*words, **named))
+        return found[-1]
+
+    monkeypatch.setattr(owner, name, call)
+    return found
+
+
+def test_the_folder_is_what_the_last_list_names(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = six_films(here)
+    write_csv(here / "one.csv", *rows)
+    write_csv(here / "two.csv", "0.mp4,a blue square", *rows[1:5])
+    prepare("one.csv", "out", buckets=SMALL, shard_clips=4)
+    first, whole = trained_on("out"), LatentStore("out").fingerprint
+    result = run("two.csv", "--out", "out", "--bucket", SMALL[0], "--shard-clips", "4")
+    assert result.stderr.splitlines() == [
+        "note: 2 clips of earlier lists or settings stay in out unused: prepare those again with --add to train on both",
+        "5 clips in out (1 new): 5 of 32x32x5",
+    ]
+    assert trained_on("out") == [("0.mp4", "a blue square"), *first[1:5]]
+    before = hashes(here / "out")
+    prepare("two.csv", "out", buckets=SMALL, shard_clips=4)
+    assert hashes(here / "out") == before
+    prepare("two.csv", "fresh", buckets=SMALL)
+    again, fresh = LatentStore("out"), LatentStore("fresh")
+    assert again.fingerprint == fresh.fingerprint != whole
+    assert all(torch.equal(again.latents(i), fresh.latents(i)) and torch.equal(again.text(i), fresh.text(i)) for i in range(5))
+    for name in ("load_vae", "load_text_encoder"):
+        monkeypatch.setattr(f"pusa_fast.training.encoding.{name}", None)
+    assert prepare("one.csv", "out", buckets=SMALL).new == 0  # going back makes nothing anew
+    assert trained_on("out") == first and LatentStore("out").fingerprint == whole
+
+
+@pytest.mark.parametrize("setting", [{"buckets": ["16x16x1"]}, {"fps": 4, "buckets": ["32x32x1"]}, {"start": "middle"}, {"fit": "pad"}])
+def test_other_settings_take_the_place_of_the_clips_before(here: Path, setting: dict[str, Any]) -> None:
+    write_csv(here / "l.csv", "films/b.mp4,x", "films/tall.mp4,y")
+    prepare("l.csv", "out", buckets=SMALL)
+    first = {clip.key for clip in LatentStore("out").clips}
+    assert len(prepare("l.csv", "out", **{"buckets": SMALL, **setting}).notes) == 1
+    assert len(LatentStore("out")) == 2 and not first & {clip.key for clip in LatentStore("out").clips}
+
+
+def test_add_keeps_the_clips_before(here: Path) -> None:
+    rows = six_films(here)
+    write_csv(here / "one.csv", *rows[:4])
+    write_csv(here / "two.csv", "0.mp4,corrected", *rows[2:])
+    prepare("one.csv", "out", buckets=SMALL)
+    first = trained_on("out")
+    result = run("two.csv", "--out", "out", "--bucket", SMALL[0], "--add")
+    assert result.stderr.splitlines() == [
+        "note: 2 clips of earlier lists or settings are kept beside these",
+        "5 clips in out (3 new): 5 of 32x32x5",
+    ]
+    assert trained_on("out") == [*first, ("0.mp4", "corrected"), ("4.mp4", "a red circle 4"), ("5.mp4", "a red circle 5")]
+    before = hashes(here / "out")
+    assert prepare("two.csv", "out", buckets=SMALL, add=True).new == 0
+    assert hashes(here / "out") == before
+    prepare("two.csv", "out", buckets=SMALL)
+    assert len(LatentStore("out")) == 5
+    (here / "out" / SELECTION).write_text("{")
+    is_answered(run("two.csv", "--out", "out", "--bucket", SMALL[0], "--add"), ["selection.json is damaged", "without --add"])
+    assert prepare("two.csv", "out", buckets=SMALL).new == 0 and len(LatentStore("out")) == 5
+
+
+def test_a_list_that_cannot_be_prepared_leaves_the_clips_before(here: Path) -> None:
+    write_csv(here / "l.csv", "films/a.mp4,x")
+    prepare("l.csv", "out", buckets=SMALL)
+    write_csv(here / "l.csv", "films/cut.mp4,x")
+    with pytest.raises(ValueError, match="none of 1 clips"):
+        prepare("l.csv", "out", buckets=SMALL)
+    assert trained_on("out") == [("films/a.mp4", "x")]
+
+
+@pytest.mark.parametrize(("whole_files", "add"), [(i, bool(i % 2)) for i in range(7)])
+def test_stopped_in_a_second_list(here: Path, monkeypatch: pytest.MonkeyPatch, whole_files: int, add: bool) -> None:
+    """Until the end training sees the first list; then the same bytes as without the stop."""
+    write_csv(here / "one.csv", *(f"films/a.mp4,caption {i}" for i in range(3)))
+    write_csv(here / "two.csv", "films/b.mp4,caption 9", *(f"films/a.mp4,caption {i}" for i in range(1, 6)))
+    size: dict[str, Any] = {"buckets": ["32x32x1"], "shard_clips": 2}
+    for name in ("stopped", "whole"):
+        prepare("one.csv", name, **size)
+    first, written = trained_on("stopped"), []
+
+    def full(temporary: Any, target: Any, real: Any = os.replace) -> None:
+        if len(written) == whole_files:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        written.append(Path(target).name)
+        real(temporary, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "replace", full)
+        prepare("two.csv", "stopped", add=add, **size)
+    assert written == [FILES, "00002.safetensors", INDEX, "00003.safetensors", INDEX, SHEET, REPORT][:whole_files]
+    assert trained_on("stopped") == first
+    for name in ("stopped", "whole"):
+        prepare("two.csv", name, add=add, **size)
+    assert hashes(here / "stopped") == hashes(here / "whole")
+    assert len(LatentStore("whole")) == (7 if add else 6)
+
+
+# -- nothing is encoded twice
+
+
+def test_another_caption_encodes_no_film_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(here / "l.csv", "films/b.mp4,red")
+    write_csv(here / "fresh.csv", "films/b.mp4,blue", "films/a.mp4,blue")
+    prepare("l.csv", "out", buckets=SMALL, clips_per_video=2)
+    encoded, decoded = counted(monkeypatch, WanVAE, "encode"), counted(monkeypatch, video, "fit")
+    shutil.move("films/b.mp4", "films/renamed.mp4")
+    write_csv(here / "l.csv", "films/renamed.mp4,blue")
+    assert prepare("l.csv", "out", buckets=SMALL, clips_per_video=2).new == 2
+    assert encoded == [] and len(decoded) == 4  # two tiles of the sheet, each fitted twice
+    shutil.move("films/renamed.mp4", "films/b.mp4")
+    # One window of two is there already.
+    prepare("fresh.csv", "out", buckets=SMALL, clips_per_video=3)
+    assert len(encoded) == 4
+    prepare("fresh.csv", "fresh", buckets=SMALL, clips_per_video=3)
+    for out, fresh in zip(*(LatentStore(name).clips for name in ("out", "fresh")), strict=True):
+        assert out.key == fresh.key and out.details == fresh.details
+    assert all(torch.equal(LatentStore("out").latents(i), LatentStore("fresh").latents(i)) for i in range(6))
+    assert all(torch.equal(LatentStore("out").text(i), LatentStore("fresh").text(i)) for i in range(6))
+
+
+@pytest.mark.parametrize("shard_clips", [1, 2, 64])
+def test_a_film_under_two_captions_is_encoded_once(here: Path, monkeypatch: pytest.MonkeyPatch, shard_clips: int) -> None:
+    shutil.copy("films/a.mp4", "films/again.mp4")
+    write_csv(here / "l.csv", "films/a.mp4,red", "films/b.mp4,red", "films/again.mp4,blue", "films/a.mp4,green")
+    encoded = counted(monkeypatch, WanVAE, "encode")
+    prepare("l.csv", "out", buckets=SMALL, shard_clips=shard_clips, dtype="float32")
+    assert len(encoded) == 2
+    found = LatentStore("out")
+    for i, latents in enumerate([encoded[0], encoded[1], encoded[0], encoded[0]]):
+        assert torch.equal(found.latents(i), latents[0])
+    assert len({tuple(found.text(i).flatten().tolist()) for i in (0, 2, 3)}) == 3
+
+
+def test_a_caption_that_cannot_be_encoded_does_not_take_the_film_with_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = TextEncoder.encode
+
+    def failing(self: TextEncoder, prompts: list[str]) -> Tensor:
+        return encode(self, prompts) * (torch.inf if prompts == ["bad"] else 1)
+
+    monkeypatch.setattr(TextEncoder, "encode", failing)
+    write_csv(here / "l.csv", "films/a.mp4,bad", "films/a.mp4,good", "odd,x", "odd,y")
+    for i, size in enumerate([(32, 32), (48, 32), (32, 32), (32, 32), (32, 32)]):
+        (here / "odd").mkdir(exist_ok=True)
+        Image.new("RGB", size).save(here / "odd" / f"{i}.png")
+    made = prepare("l.csv", "out", buckets=SMALL)
+    assert trained_on("out") == [("films/a.mp4", "good")]
+    assert [name for name, _ in made.bad] == ["films/a.mp4", "odd", "odd"]
+    assert "not finite" in made.bad[0][1] and made.bad[1][1] == made.bad[2][1] and "several sizes" in made.bad[1][1]
+
+
+# -- shards that cannot be read
+
+
+def cut_off(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (Path.unlink, "is missing"),
+    "empty": (lambda path: cut_off(path, 0), "header too small"),
+    "header cut": (lambda path: cut_off(path, 40), "is damaged"),
+    "data cut": (lambda path: cut_off(path, -1), "not fully covered"),
+    "another's": (lambda path: shutil.copy(path.with_name("00000.safetensors"), path), "is another's"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_shards_that_cannot_be_read_are_made_anew(here: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    change, said = DAMAGES[name]
+    write_csv(here / "l.csv", *(f"films/{film}.mp4,caption {i}" for i in range(3) for film in "ab"))
+    words = ["l.csv", "--out", "out", "--bucket", "32x32x1", "--shard-clips", "2"]
+    assert run(*words).exit_code == 0
+    before = hashes(here / "out")
+    change(here / "out" / SHARDS / "00001.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(WanDiT, "__init__", lambda *words, **named: pytest.fail("the model was loaded"))
+        trained = CliRunner().invoke(cli.app, ["train", "--set", "data.path=out", "--set", "out=run"])
+    is_answered(trained, ["out: shard 00001.safetensors", said, "prepare again"])
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    note, counts = result.stderr.splitlines()
+    assert note.startswith("note: shard 00001.safetensors is ") and said in note and note.endswith(": 2 clips are made anew")
+    assert counts == "6 clips in out (2 new): 6 of 32x32x1"
+    assert hashes(here / "out") == before
+
+
+def test_stopped_while_lost_clips_are_made_anew(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(here / "l.csv", *(f"films/a.mp4,caption {i}" for i in range(5)))
+    size: dict[str, Any] = {"buckets": ["32x32x1"], "shard_clips": 1}
+    prepare("l.csv", "out", **size)
+    before = hashes(here / "out")
+    for shard in ("00001", "00003"):
+        (here / "out" / SHARDS / f"{shard}.safetensors").unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pusa_fast.training.encoding.load_vae", lambda *words, **named: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare("l.csv", "out", **size)
+    with pytest.raises(ValueError, match="out lacks 2 of its 5 clips, whose shards were lost: prepare again"):
+        LatentStore("out")
+    assert prepare("l.csv", "out", **size).new == 2
+    assert hashes(here / "out") == before
+
+
+def test_lost_clips_of_other_lists_are_gone(here: Path) -> None:
+    for name in "ab":
+        write_csv(here / f"{name}.csv", f"films/{name}.mp4,x")
+        prepare(f"{name}.csv", "out", buckets=SMALL, add=True)
+    for shard in (here / "out" / SHARDS).iterdir():
+        cut_off(shard, 100)
+    cut_off(here / "out" / EMPTY, 0)
+    (note,) = prepare("b.csv", "out", buckets=SMALL, add=True).notes
+    assert note.startswith("shard 00000.safetensors is damaged") and ", and 1 more shards cannot be read: 1 clips are made anew, 1 of other" in note
+    assert trained_on("out") == [("films/b.mp4", "x")] and torch.isfinite(LatentStore("out").empty_text).all()
+    cut_off(here / "out" / EMPTY, 0)
+    assert prepare("b.csv", "out", buckets=SMALL).new == 0
+    assert torch.isfinite(LatentStore("out").empty_text).all()
 
 
 # -- the reference's tensors
@@ -333,6 +584,20 @@ def test_reference_tensors_are_taken(here: Path, monkeypatch: pytest.MonkeyPatch
     ignored = prepare(dataset, "other", buckets=SMALL, ignore_tensors=True)
     assert ignored.buckets == {"32x32x5": 1}
     assert ignored.bad[0][1].startswith("missing")
+
+
+def test_tensors_are_one_clip_whatever_the_caption_and_know_their_film(here: Path) -> None:
+    save_tensors(here / "films" / "b.mp4.tensors.pth")
+    save_tensors(here / "films" / "gone.mp4.tensors.pth", latents=torch.ones(16, 1, 2, 2))
+    write_csv(here / "l.csv", "films/b.mp4,x", "films/b.mp4,y", "films/gone.mp4,x")
+    made = prepare("l.csv", "out", buckets=SMALL)
+    assert (made.clips, made.duplicates) == (2, 1)
+    prepare("l.csv", "out", buckets=SMALL, ignore_tensors=True, add=True)
+    tensors, gone, *encoded = LatentStore("out").clips
+    film = hashlib.sha256((here / "films" / "b.mp4").read_bytes()).hexdigest()
+    assert [clip.details["file"] for clip in (tensors, *encoded)] == [film] * 3
+    assert tensors.details.keys() == {"tensors", "file"} and gone.details.keys() == {"tensors"}
+    assert training_clips(LatentStore("out"), 1) == [1]
 
 
 BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
@@ -448,10 +713,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(here: Path) -> None:
     made = {name: prepare("l.csv", name, buckets=SMALL, clips_per_video=2, shard_clips=1) for name in ("killed", "whole")}
     assert (made["killed"].new, made["whole"].new) == (24 - survived, 24)
     assert hashes(here / "killed") == hashes(here / "whole")
-    assert {"index.json", EMPTY, REPORT, SHEET, FILES, "shards/00023.safetensors"} <= hashes(here / "whole").keys()
+    assert {INDEX, SELECTION, EMPTY, REPORT, SHEET, FILES, "shards/00023.safetensors"} <= hashes(here / "whole").keys()
 
 
-@pytest.mark.parametrize("whole_files", range(8))
+@pytest.mark.parametrize("whole_files", range(9))
 def test_stopped_between_any_two_files(here: Path, monkeypatch: pytest.MonkeyPatch, whole_files: int) -> None:
     """The error stands for a full disk: it reaches the command line as one line, and complete shards stay."""
     write_csv(here / "l.csv", *(f"films/a.mp4,caption {i}" for i in range(4)))
@@ -466,8 +731,8 @@ def test_stopped_between_any_two_files(here: Path, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         is_answered(run("l.csv", "--out", "stopped", "--bucket", "32x32x1", "--shard-clips", "2"), ["no space left", "free some space"])
-    index = "index.json"
-    assert written == [FILES, EMPTY, "00000.safetensors", index, "00001.safetensors", index, SHEET, REPORT][:whole_files]
+    index = INDEX
+    assert written == [FILES, EMPTY, "00000.safetensors", index, "00001.safetensors", index, SHEET, REPORT, SELECTION][:whole_files]
     assert not [path for path in (here / "stopped").rglob("*") if path.suffix in (".tmp", ".part")]
     for name in ("stopped", "whole"):
         assert prepare("l.csv", name, buckets=["32x32x1"], shard_clips=2).clips == 4
@@ -479,8 +744,8 @@ def test_a_second_run_reads_and_encodes_nothing(here: Path, monkeypatch: pytest.
     prepare("l.csv", "out", buckets=SMALL)
     before = hashes(here / "out")
     with monkeypatch.context() as patch:
-        for name in ("load_vae", "load_text_encoder", "write_sheet"):
-            patch.setattr(f"pusa_fast.training.prepare.{name}", None)
+        for name in ("encoding.load_vae", "encoding.load_text_encoder", "prepare.write_sheet"):
+            patch.setattr(f"pusa_fast.training.{name}", None)
         for name in ("file_hash", "measure"):
             patch.setattr(catalog, name, None)
         again = prepare("l.csv", "out", buckets=SMALL)
@@ -488,7 +753,8 @@ def test_a_second_run_reads_and_encodes_nothing(here: Path, monkeypatch: pytest.
     assert hashes(here / "out") == before
     video.write_video("films/a.mp4", frames_of(9, 99), fps=8)  # another film under the same name
     assert prepare("l.csv", "out", buckets=SMALL).new == 1
-    assert len(LatentStore("out")) == 3
+    assert [clip.source for clip in LatentStore("out").clips] == ["films/a.mp4", "films/b.mp4"]
+    assert len(read_index(here / "out")[0]) == 3
     (here / "out" / FILES).write_text("{")  # only saves work
     assert prepare("l.csv", "out", buckets=SMALL).new == 0
 
@@ -510,6 +776,21 @@ def test_out_of_memory_names_what_helps(here: Path, monkeypatch: pytest.MonkeyPa
 
     write_csv(here / "l.csv", "films/a.mp4,x")
     monkeypatch.setattr(WanVAE, "encode", encode)
+    is_answered(run("l.csv", "--out", "out", "--bucket", SMALL[0]), ["out of memory in prepare on cpu", "--tiling auto", "--bucket"])
+
+
+@pytest.mark.parametrize("caption", ["", "x"])
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA"), MemoryError()])
+def test_out_of_memory_in_the_text_encoder(here: Path, monkeypatch: pytest.MonkeyPatch, caption: str, error: Exception) -> None:
+    encode = TextEncoder.encode
+
+    def failing(self: TextEncoder, prompts: list[str]) -> Tensor:
+        if prompts == [caption]:
+            raise error
+        return encode(self, prompts)
+
+    write_csv(here / "l.csv", "films/a.mp4,x")
+    monkeypatch.setattr(TextEncoder, "encode", failing)
     is_answered(run("l.csv", "--out", "out", "--bucket", SMALL[0]), ["out of memory in prepare on cpu", "--tiling auto", "--bucket"])
 
 

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pusa_fast.testing import make_input
-from pusa_fast.training.store import EMPTY, INDEX, SHARDS, LatentStore, StoreWriter
+from pusa_fast.training.store import (
+    EMPTY,
+    INDEX,
+    SELECTION,
+    SHARDS,
+    LatentStore,
+    StoreWriter,
+    read_index,
+    read_selection,
+    write_selection,
+    write_text,
+)
 
 MODEL = {"vae": "v", "text": "t", "channels": 4, "text_dim": 6, "text_len": 5}
 
@@ -73,6 +88,88 @@ def test_an_error_leaves_complete_shards_and_no_temporary_files(tmp_path: Path) 
         raise KeyboardInterrupt
     assert len(LatentStore(tmp_path)) == 3
     assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"index.json", "00000.safetensors"}
+
+
+def test_a_selection_is_all_that_a_store_shows(tmp_path: Path) -> None:
+    _fill(tmp_path, 0, 5)
+    everything = LatentStore(tmp_path).fingerprint
+    write_selection(tmp_path, ["003", "001"])
+    store = LatentStore(tmp_path)
+    assert [clip.key for clip in store.clips] == read_selection(tmp_path) == ["003", "001"] and len(store) == 2
+    assert torch.equal(store.latents(0), _clip(3)["latents"])  # type: ignore[arg-type]
+    chosen = store.fingerprint
+    _fill(tmp_path, 0, 8)  # a writer changes nothing of it
+    assert LatentStore(tmp_path).fingerprint == chosen != everything
+    assert len(read_index(tmp_path)[0]) == 8
+    write_selection(tmp_path, ["001", "003"])
+    assert LatentStore(tmp_path).fingerprint != chosen, "the order is that of the last clips, which are held out"
+    (tmp_path / SHARDS / "00002.safetensors").unlink()  # holds neither
+    assert len(LatentStore(tmp_path)) == 2
+    write_selection(tmp_path, ["001", "none"])
+    with pytest.raises(ValueError, match=r"lacks 1 of its 2 clips.*prepare again"):
+        LatentStore(tmp_path)
+    for text in ("{", "[]", '{"format": "other", "clips": []}', '{"format": "pusa-fast selection 1", "clips": 3}'):
+        (tmp_path / SELECTION).write_text(text)
+        with pytest.raises(ValueError, match=r"selection\.json is damaged.*prepare again, without --add"):
+            LatentStore(tmp_path)
+
+
+def test_a_writer_makes_lost_shards_anew_in_their_place(tmp_path: Path) -> None:
+    _fill(tmp_path, 0, 8)
+    before = _hashes(tmp_path)
+    (tmp_path / SHARDS / "00000.safetensors").unlink()
+    (tmp_path / SHARDS / "00001.safetensors").write_bytes(b"")
+    with StoreWriter(tmp_path, MODEL, 3) as writer:
+        assert writer.keys == {"006", "007"}
+    assert len(LatentStore(tmp_path)) == 2, "lost clips stay in the index"
+    _fill(tmp_path, 0, 8)
+    assert _hashes(tmp_path) == before
+
+
+def test_latents_are_found_by_what_they_were_made_from(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, MODEL, 2) as writer:
+        for i in range(3):
+            writer.add(f"{i:03d}", **_clip(i), details={"latents": f"film {i}"})  # type: ignore[arg-type]
+        for i in range(3):  # two of them in a shard, one waiting for its own
+            found = writer.latents_of(f"film {i}")
+            assert found is not None and torch.equal(found, _clip(i)["latents"])  # type: ignore[arg-type]
+            writer.add(f"copy {i}", **{**_clip(9), "latents": found}, details={"latents": f"film {i}"})  # type: ignore[arg-type]
+        assert writer.latents_of("none") is None and writer.latents_made == {"film 0", "film 1", "film 2"}
+    begun = StoreWriter(tmp_path, MODEL)
+    found = begun.latents_of("film 2")
+    assert found is not None and torch.equal(found, _clip(2)["latents"])  # type: ignore[arg-type]
+
+
+def test_a_shard_is_on_the_disk_before_the_index_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files by their inodes, which a new name does not change."""
+    done: list[int | str] = []
+
+    def replace(temporary: Path, target: Path, real: Any = os.replace) -> None:
+        done.append(Path(target).name)
+        real(temporary, target)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(os, "replace", replace)
+    _fill(tmp_path, 0, 2)
+    shard, shards, index, folder, empty = (
+        path.stat().st_ino
+        for path in (tmp_path / SHARDS / "00000.safetensors", tmp_path / SHARDS, tmp_path / INDEX, tmp_path, tmp_path / EMPTY)
+    )
+    assert done == [EMPTY, empty, "00000.safetensors", shard, shards, index, INDEX, folder]
+
+
+def test_a_text_that_the_disk_does_not_take_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    write_text(tmp_path / "a.json", "old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="Input/output"):
+        write_text(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(os, "fsync", lambda handle: full(handle) if stat.S_ISDIR(os.fstat(handle).st_mode) else None)
+    write_text(tmp_path / "a.json", "new")  # a disk that takes no folders
+    assert (tmp_path / "a.json").read_text() == "new"
 
 
 @pytest.mark.parametrize(

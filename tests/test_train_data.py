@@ -219,3 +219,18 @@ def test_windows_of_a_held_out_file_are_not_trained_on(tmp_path: Path) -> None:
     assert training_clips(store, 0) == [0, 1, 2, 3, 4] and training_clips(store, 2) == [0, 1]
     with pytest.raises(ValueError, match="cut from files that are"):
         training_clips(store, 4)
+
+
+def test_the_reference_s_tensors_of_a_held_out_film_are_not_trained_on(tmp_path: Path) -> None:
+    identities: list[dict[str, str]] = [
+        {"file": "a"}, {"tensors": "ta"}, {"tensors": "tb2"}, {"tensors": "tb2", "file": "b"}, {"tensors": "tb", "file": "b"}, {},
+        {"file": "ta"}, {"tensors": "tc"}, {"tensors": "tc"},
+    ]  # fmt: skip
+    with StoreWriter(tmp_path, {"vae": "", "text": "", "channels": 16, "text_dim": 64, "text_len": 6}) as writer:
+        for i, details in enumerate([*identities, {"tensors": "tb"}, {"tensors": "ta"}]):
+            writer.add(str(i), make_input(16, 2, 4, 4, seed=i), make_input(2, 64), source="x", caption="x", details=details)
+    store = LatentStore(tmp_path)
+    # The last is ta; the one before tb, which clip 4 says is of film b, of which clip 3 says that tb2 is, too.
+    assert training_clips(store, 1) == [0, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert training_clips(store, 2) == [0, 5, 6, 7, 8]
+    assert training_clips(store, 3) == [0, 5, 6]

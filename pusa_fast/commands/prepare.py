@@ -40,6 +40,7 @@ class Options:
     tiling: str | None = None
     shard_clips: int | None = None
     ignore_tensors: bool = False
+    add: bool = False
     strict: bool = False
 
 
@@ -56,8 +57,9 @@ def run(options: Options) -> None:
     chosen = {name: value for name, value in given.items() if value is not None}
     with _as_typed(), _progress() as progress:
         report = prepare(
-            options.source, options.out, ignore_tensors=options.ignore_tensors, strict=options.strict, progress=progress, **chosen
-        )
+            options.source, options.out, ignore_tensors=options.ignore_tensors, add=options.add, strict=options.strict,
+            progress=progress, **chosen,
+        )  # fmt: skip
     for note in report.notes:
         typer.echo(f"note: {note}", err=True)
     sizes = ", ".join(f"{count} of {bucket}" for bucket, count in report.buckets.items())

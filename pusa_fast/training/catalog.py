@@ -15,7 +15,7 @@ from pusa_fast.training.buckets import measure
 from pusa_fast.training.store import write_text
 from pusa_fast.weights.files import file_hash
 
-FORMAT = "pusa-fast files 1"
+FORMAT, FILES = "pusa-fast files 1", "files.json"  # the name in a prepared folder
 
 
 class Catalog:

@@ -155,13 +155,16 @@ class TrainingData:
 
 
 def training_clips(store: LatentStore, held_out: int) -> list[int]:
-    """All clips but the last `held_out`, and but those cut from the same files as these: windows of a file overlap.
+    """All clips but the last `held_out`, and but those of the same films as these: windows of a film overlap.
 
-    Raises ValueError where that leaves none.
+    A film is known by its own hash and by that of the reference's tensors of it. Raises ValueError where that leaves no clip.
     """
     first = len(store) - held_out
-    files = {clip.details["file"] for clip in store.clips[first:] if "file" in clip.details}
-    chosen = [i for i, clip in enumerate(store.clips[:first]) if clip.details.get("file") not in files]
+    films = [{(name, clip.details[name]) for name in ("file", "tensors") if name in clip.details} for clip in store.clips]
+    seen, before = set().union(*films[first:]), None
+    while seen != before:  # a clip that shares a hash with these may add another
+        before, seen = seen, seen.union(*(own for own in films[:first] if own & seen))
+    chosen = [i for i in range(first) if not films[i] & seen]
     if not chosen:
         raise ValueError(f"all {len(store)} clips are held out, or cut from files that are: lower validation_clips, or prepare more files")
     return chosen

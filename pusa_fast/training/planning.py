@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,20 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Window:
+    """A clip to be. `key`: hash of all that it is made from; `details`: what the store is to keep of it."""
+
+    key: str
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class File:
-    """A file and its clips: start -> key. `bucket` None: the reference's tensors, one clip."""
+    """A file and its clips by their first frames. `bucket` None: the reference's tensors, one clip."""
 
     source: Source
-    hash: str
     bucket: Bucket | None
-    windows: Mapping[int, str]
+    windows: Mapping[int, Window]
 
 
 @dataclass
@@ -52,7 +60,7 @@ class Plan:
     @property
     def keys(self) -> list[str]:
         """Of all clips, those that the store holds already among them, in their order."""
-        return [key for file in self.files for key in file.windows.values()]
+        return [window.key for file in self.files for window in file.windows.values()]
 
 
 def model_hashes(files: ModelFiles, catalog: Catalog) -> dict[str, str]:
@@ -78,11 +86,11 @@ def make_plan(settings: Settings, entries: Sequence[Source], catalog: Catalog, h
         except (ValueError, OSError) as error:
             add_bad(plan, settings, i, entry, error)
         else:
-            fresh = {start: key for start, key in file.windows.items() if key not in seen}
+            fresh = {start: window for start, window in file.windows.items() if window.key not in seen}
             plan.duplicates += len(file.windows) - len(fresh)
-            seen.update(fresh.values())
+            seen.update(window.key for window in fresh.values())
             if fresh:
-                plan.files.append(File(entry, file.hash, file.bucket, fresh))
+                plan.files.append(File(entry, file.bucket, fresh))
         catalog.save(least=max(100, len(entries) // 10))
         settings.progress("reading", i + 1, len(entries))
     return plan
@@ -90,10 +98,8 @@ def make_plan(settings: Settings, entries: Sequence[Source], catalog: Catalog, h
 
 def _windows(settings: Settings, entry: Source, catalog: Catalog, hashes: Mapping[str, str]) -> File:
     """The clips of one file. Raises ValueError or OSError where it has none."""
-    made_with: list[Any] = [hashes["vae"], hashes["text"], entry.caption, settings.dtype]
     if entry.tensors is not None:
-        own = catalog.hash(entry.tensors)
-        return File(entry, own, None, {0: digest(["tensors", own, *made_with])})
+        return File(entry, None, {0: _reference_clip(settings, entry, catalog, hashes)})
     own = catalog.hash(entry.path)
     width, height, frames = catalog.measure(entry.path, settings.fps)
     bucket = choose(settings.buckets, width, height, frames)
@@ -105,8 +111,23 @@ def _windows(settings: Settings, entry: Source, catalog: Catalog, hashes: Mappin
     starts = window_starts(frames - bucket.frames, settings.clips_per_video, settings.start, f"{own}:{settings.seed}")
     fps = None if settings.fps is None else float(settings.fps)
     blended = settings.tiling is not None and settings.tiling.mode == "feather"  # other tiles give the whole picture's latents
-    made_with += [str(bucket), fps, settings.fit, [settings.tiling.tile, settings.tiling.stride] if settings.tiling and blended else None]
-    return File(entry, own, bucket, {start: digest([own, start, *made_with]) for start in starts})
+    cut = [str(bucket), fps, settings.fit, [settings.tiling.tile, settings.tiling.stride] if settings.tiling and blended else None]
+    windows = {}
+    for start in starts:
+        key = digest([own, start, hashes["vae"], hashes["text"], entry.caption, settings.dtype, *cut])
+        latents = digest([own, start, hashes["vae"], settings.dtype, *cut])  # whatever the caption
+        details = {"file": own, "start": start, "frames": bucket.frames, "fps": fps, "fit": settings.fit, "latents": latents}
+        windows[start] = Window(key, details)
+    return File(entry, bucket, windows)
+
+
+def _reference_clip(settings: Settings, entry: Source, catalog: Catalog, hashes: Mapping[str, str]) -> Window:
+    """The caption in the list counts for nothing: the tensors bring their own text."""
+    assert entry.tensors is not None
+    details = {"tensors": catalog.hash(entry.tensors)}
+    with suppress(OSError):  # the film itself need not be there; where it is, its other clips are known by it
+        details["file"] = catalog.hash(entry.path)
+    return Window(digest(["tensors", details["tensors"], hashes["vae"], hashes["text"], settings.dtype]), details)
 
 
 def add_bad(plan: Plan, settings: Settings, i: int, entry: Source, error: Exception) -> None:

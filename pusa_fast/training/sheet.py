@@ -17,7 +17,7 @@ SHEET_CLIPS, _TILE = 64, 160  # clips on the sheet; the width of one, in pixels
 def write_sheet(path: Path, plan: Plan, done: set[str], settings: Settings) -> None:
     """First frames of up to SHEET_CLIPS clips, evenly chosen, in their order, as they were fitted; none where no file has frames."""
     shown = [
-        (file, start) for file in plan.files for start, key in file.windows.items() if key in done and file.source.path.exists()
+        (file, start) for file in plan.files for start, window in file.windows.items() if window.key in done and file.source.path.exists()
     ]
     count = min(SHEET_CLIPS, len(shown))
     chosen = [shown[i * len(shown) // count] for i in range(count)]

@@ -127,6 +127,8 @@ def _value(row: dict[str, Any], keys: tuple[str, ...], path: Path, line: int) ->
     key = next((key for key in keys if key in row), None)
     if key is None:
         raise ValueError(f"{path} line {line}: none of {', '.join(keys)} among its keys {', '.join(row) or '(none)'}: add one")
+    if row[key] is None and keys is _TEXT_KEYS:
+        return ""  # a caption that somebody has yet to write, not a list of another kind
     if not isinstance(row[key], str):
         raise ValueError(f"{path} line {line}: {key}={row[key]!r} is no text: put it in quotes")
     return str(row[key])
