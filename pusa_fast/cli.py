@@ -87,6 +87,7 @@ _RELIEF = {
     "train": "--set accumulate=N, --set memory.offload=true, or --set parallel=fsdp on more processes; --plan says what a step takes",
     "decode": "--tiling auto, a smaller --size, or fewer --frames",
     "prepare": "--tiling auto, or a smaller --bucket",
+    "validation": "--set validation.num_frames=N, --set validation.width=W, --set validation.height=H smaller ones; the steps so far are saved",
 }
 
 
@@ -313,6 +314,10 @@ def prepare(
     ignore_tensors: Annotated[
         bool, typer.Option("--ignore-tensors", help="Encode anew where the reference's FILE.tensors.pth lies beside a clip.")
     ] = False,
+    add: Annotated[
+        bool,
+        typer.Option("--add", help="Train on the clips prepared into DIR before, too (default: on those of SOURCE alone).", rich_help_panel=_OUTPUT),
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad clip instead of listing it.")] = False,
 ) -> None:
     """Encode clips and captions for training. Run again after a stop, it goes on; report.json lists clips that could not be used."""
@@ -320,9 +325,9 @@ def prepare(
 
     run(
         Options(
-            source, out, model, bucket, fps, clips_per_video, start, seed, fit, device, dtype, tiling, shard_clips, ignore_tensors, strict
+            source, out, model, bucket, fps, clips_per_video, start, seed, fit, device, dtype, tiling, shard_clips, ignore_tensors, add, strict,
         )
-    )
+    )  # fmt: skip
 
 
 @app.command()
@@ -352,12 +357,15 @@ def export(
         typer.Option(help="Names of a LoRA's weights: Pusa's own, diffusers' or ComfyUI's (default released)."),
     ] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights (default bfloat16).")] = None,
+    step: Annotated[
+        str | None, typer.Option(metavar="N|best", help="Of a run: the checkpoint of this step, or the best by validation loss (default: the newest).")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a LoRA as other tools read it, from a run's newest checkpoint or from a file."""
+    """Write a LoRA as other tools read it, from a run's checkpoint or from a file; of a run that trains all weights, the transformer."""
     from pusa_fast.commands.export import run
 
-    run(source, out, style or "released", dtype or "bfloat16", overwrite)
+    run(source, out, style, dtype or "bfloat16", step, overwrite)
 
 
 @app.command()

@@ -137,8 +137,11 @@ class TinyTraining:
 def _tiny_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     from pusa_fast import DiTConfig, WanDiT
     from pusa_fast.testing import make_input
+    from pusa_fast.training.catalog import Catalog
+    from pusa_fast.training.planning import model_hashes
     from pusa_fast.training.store import StoreWriter
     from pusa_fast.weights import checkpoint, keymap
+    from pusa_fast.weights.pretrained import find_model
 
     folder = tmp_path_factory.mktemp("tiny")
     config = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=64, freq_dim=32)
@@ -146,7 +149,7 @@ def _tiny_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     dit = WanDiT(config)
     torch.nn.init.normal_(dit.head.head.weight, std=0.05)  # an untrained head is zero, and so would be every gradient
     checkpoint.save(folder / "dit.safetensors", keymap.unpack(dit.state_dict()), config)
-    about = {"vae": "v", "text": "t", "channels": 16, "text_dim": 64, "text_len": 6}
+    about = {**model_hashes(find_model("nano"), Catalog(folder / "none")), "channels": 16, "text_dim": 64, "text_len": 6}
     with StoreWriter(folder / "clips", about, shard_clips=4) as writer:
         writer.write_empty_text(make_input(1, 64, seed=99))
         for i in range(11):

@@ -60,6 +60,8 @@ def test_overrides_win_in_order(tmp_path: Path) -> None:
         ({"lora": {"ranks": 3}}, r"lora\.ranks: Extra inputs are not permitted"),
         ({"steps": "many"}, r"steps: .*integer.*got 'many'"),
         ({"steps": 0}, r"steps: .*greater than or equal to 1 \(got 0\)"),
+        ({"optim": {"lr": float("inf")}}, r"optim\.lr: .*finite number"),
+        ({"out": True}, r"out: .*path"),
         ({"optim": {"lr": -1}}, r"optim\.lr: .*greater than 0 \(got -1\)"),
         ({"optim": {"betas": [0.9]}}, r"optim\.betas"),
         ({"optim": {"ema_decay": 1.0}}, r"optim\.ema_decay: .*less than 1"),
@@ -136,3 +138,17 @@ def test_identity_is_what_a_checkpoint_depends_on() -> None:
         assert changed(**fixed).identity() != base.identity(), fixed
     cosine: dict[str, Any] = {"optim": {"schedule": "cosine"}}
     assert changed(**cosine, steps=10).identity() != changed(**cosine, steps=11).identity()
+
+
+def test_names_that_yaml_takes_for_numbers_and_dates(tmp_path: Path) -> None:
+    found = load_config(None, ["data.path=20", "out=2026-11-27", "model=7", "logging.wandb=1", "lora.start=3.5"])
+    assert (found.data.path, found.out, found.model, found.logging.wandb) == (Path("20"), Path("2026-11-27"), "7", "1")
+    assert found.lora is not None and found.lora.start == Path("3.5") and changed().lora.start is None
+
+
+def test_what_is_to_be_looked_at_is_made_with_the_checkpoints() -> None:
+    assert changed(checkpoints={"every": 7}).validate_every == 0
+    assert changed(checkpoints={"every": 7}, data={"path": "c", "validation_clips": 2}).validate_every == 7
+    assert changed(checkpoints={"every": 7}, validation={"samples": [{"prompt": "a"}]}).validate_every == 7
+    assert changed(checkpoints={"every": 7}, validation={"every": 3}).validate_every == 3
+    assert changed(validation={"every": 0, "samples": [{"prompt": "a"}]}).validate_every == 0

@@ -21,7 +21,8 @@ from pusa_fast.testing import make_input, relative_error
 from pusa_fast.training.adapters import STYLES, read_updates, start_from, trained_updates, write_lora
 from pusa_fast.training.config import dump_config
 from pusa_fast.training.parallel import World
-from pusa_fast.training.trainer import Trainer, check, train
+from pusa_fast.training.preflight import check
+from pusa_fast.training.trainer import Trainer, train
 from pusa_fast.weights import apply_lora, load_dit
 from pusa_fast.weights.lora_file import read_lora
 
@@ -137,7 +138,7 @@ def test_export_of_a_run(tiny: Any, tmp_path: Path) -> None:
     whole = load_file(written)
     written.unlink()
     result = run(config.out, "--out", tmp_path / "x.safetensors", "--dtype", "float32")
-    assert result.exit_code == 0 and result.stdout.endswith("x.safetensors (released)\n"), result.output
+    assert result.exit_code == 0 and result.stdout.endswith("x.safetensors (released, step 3)\n"), result.output
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in found)
     # From the file on, without the run.
@@ -155,10 +156,39 @@ def test_export_of_a_run_on_another_machine(tiny: Any, tmp_path: Path) -> None:
     assert run(config.out, "--out", tmp_path / "x.safetensors").exit_code == 0
 
 
+def test_export_of_a_step_and_of_the_best(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([2.0, 1.0, 3.0])
+    monkeypatch.setattr(Trainer, "_validation_loss", lambda self: next(losses))
+    config = tiny.config(steps=3, checkpoints={"every": 1}, validation={"every": 1}, optim={"lr": 0.1})
+    train(config)
+    out = tmp_path / "x.safetensors"
+    found = {}
+    for step in ("1", "2", "3", "best"):
+        result = run(config.out, "--out", out, "--dtype", "float32", "--step", step, "--overwrite")
+        assert result.exit_code == 0 and result.stdout.endswith(f"(released, step {'2' if step == 'best' else step})\n"), result.output
+        found[step] = out.read_bytes()
+    assert found["best"] == found["2"] and len(set(found.values())) == 3
+    refused("has no checkpoint 7: choose one of 1, 2, 3, or best", config.out, "--out", tmp_path / "y.safetensors", "--step", "7")
+    (config.out / "checkpoints" / "best.json").unlink()
+    refused("has no best checkpoint: data.validation_clips", config.out, "--out", tmp_path / "y.safetensors", "--step", "best")
+
+
+def test_export_of_all_weights_before_the_end(tiny: Any, tmp_path: Path) -> None:
+    whole = tiny.config(lora=None, steps=2, optim={"lr": 1e-3})
+    train(whole)
+    longer = tiny.config("longer", lora=None, steps=4, optim={"lr": 1e-3}, checkpoints={"every": 2})
+    train(longer)
+    (longer.out / "dit.safetensors").unlink()
+    out = tmp_path / "x.safetensors"
+    assert run(longer.out, "--out", out, "--step", "2", "--dtype", "float32").exit_code == 0
+    assert torch.equal(answer(load_dit(out)), answer(load_dit(whole.out / "dit.safetensors")))
+    refused("--style comfyui is for LoRAs", longer.out, "--out", out, "--style", "comfyui", "--overwrite")
+
+
 def test_what_cannot_be_exported(tiny: Any, tmp_path: Path, trained: WanDiT) -> None:
     target = tmp_path / "x.safetensors"
     refused("does not exist", tmp_path / "gone.safetensors", "--out", target)
-    refused("a LoRA is written as .safetensors", tmp_path, "--out", tmp_path / "x.pt")
+    refused("weights are written as .safetensors", tmp_path, "--out", tmp_path / "x.pt")
     refused("does not exist: create it first", tmp_path, "--out", tmp_path / "no" / "x.safetensors")
     target.write_bytes(b"")
     refused("give --overwrite to replace it", tmp_path, "--out", target)
@@ -169,7 +199,8 @@ def test_what_cannot_be_exported(tiny: Any, tmp_path: Path, trained: WanDiT) -> 
     (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
     refused("holds no checkpoint: train first", tmp_path / "run", "--out", target)
     (tmp_path / "run" / "config.yaml").write_text(dump_config(tiny.config("run", lora=None)))
-    refused("trained all weights, not a LoRA: load its dit.safetensors", tmp_path / "run", "--out", target)
+    refused("holds no checkpoint: train first", tmp_path / "run", "--out", target)
+    refused("is no run's folder", tiny.dit, "--out", target, "--step", "3")
     refused("", tiny.dit, "--out", target)  # a model is no LoRA
     assert not target.exists() and json.dumps(sorted(p.name for p in (tmp_path / "run").iterdir())) == '["config.yaml"]'
 

@@ -62,6 +62,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fsdp-full-bf16": {"parallel": "fsdp", "dtype": "bfloat16", **FULL},
     "ddp-muon": {"parallel": "ddp", "lora": None, "optim": {"name": "muon", "lr": 1e-3, "muon_lr": 3e-3, "ema_decay": 0.5}},
 }
+BEGUN = ("ddp", "fsdp", "fsdp-full")  # also in a folder where one process took the first two steps
 
 
 def torchrun(start: Start, folder: Path, source: str, *words: str | Path) -> subprocess.Popen[str]:
@@ -76,13 +77,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ran(tiny: Any, start: Start, folder: Path) -> Path:
-    """A folder with every run of `RUNS` trained by two processes, once for all tests."""
+    """A folder with every run of `RUNS` and `BEGUN` trained by two processes, once for all tests."""
     if not (folder / "said").exists():
         for name, changes in RUNS.items():
             config = tiny.config(**PLAIN).model_dump(mode="json") | {"out": str(folder / name)}
             parts = {n: {**config[n], **v} if isinstance(v, dict) else v for n, v in changes.items()}
             (folder / f"{name}.yaml").write_text(dump_config(parse_config(config | parts)))
-        process = torchrun(start, tiny.runs, WORKER, *(folder / f"{name}.yaml" for name in RUNS))
+        for name in BEGUN:
+            begun = alone(folder, name, folder / f"{name}-begun", steps=2, validation=Validation())
+            (folder / f"{name}-begun.yaml").write_text(dump_config(begun.model_copy(update={"steps": 4})))
+        process = torchrun(start, tiny.runs, WORKER, *(folder / f"{name}.yaml" for name in (*RUNS, *(f"{name}-begun" for name in BEGUN))))
         _, errors = process.communicate(timeout=120)
         (folder / "said").write_text(f"{process.returncode}\n{errors}")
     code, errors = (folder / "said").read_text().split("\n", 1)
@@ -130,6 +134,14 @@ def test_one_process_goes_on_from_two(ran: Path, tmp_path: Path, name: str) -> N
     alone(ran, name, tmp_path / "whole", steps=6, validation=Validation())
     mine, theirs = told(tmp_path / "whole", "loss"), told(tmp_path / "on", "loss")
     assert len(theirs) == 6 and theirs == pytest.approx(mine, rel=0.01 if "bf16" in name else 1e-4)
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_two_processes_go_on_from_one(ran: Path, name: str) -> None:
+    mine, theirs = told(ran / name, "loss"), told(ran / f"{name}-begun", "loss")
+    assert len(theirs) == 4 and theirs == pytest.approx(mine, rel=1e-4)
+    state = json.loads((ran / f"{name}-begun" / "checkpoints" / "step-000004" / "state.json").read_text())
+    assert state["processes"] == 2 and weights(ran / f"{name}-begun").keys() == weights(ran / name).keys()
 
 
 def test_samples_of_a_sharded_model(ran: Path) -> None:

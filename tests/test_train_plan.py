@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from bench.memory import peak_bytes
-from pusa_fast import ops
+from pusa_fast import cli, ops
 from pusa_fast.config import DiTConfig
 from pusa_fast.model.dit import WanDiT
 from pusa_fast.testing import make_input
@@ -91,6 +92,8 @@ def test_the_published_recipe_fits_one_gpu_of_141_gb() -> None:
     away = config.model_copy(update={"memory": config.memory.model_copy(update={"offload": True})})
     offloaded = plan_step(away, "wan2.1-t2v-14b", (16, 21, 60, 104), 512, cuda)
     assert plan.memory["activations"] - offloaded.memory["activations"] > 35 * 32_760 * 5120 * 2  # nearly all inputs of blocks
+    refused = CliRunner().invoke(cli.app, ["train", "--set", "data.path=x", "--set", "out=y", "--plan", "--processes", "0"])
+    assert refused.exit_code == 2 and "--processes must be at least 1, got 0" in refused.stderr
     with pytest.raises(ValueError, match="cannot be shared by 3 processes"):
         plan_step(config, "wan2.1-t2v-14b", (16, 21, 60, 104), 512, cuda, processes=3)
     residuals = 40 * 32_760 * 5120 * 2

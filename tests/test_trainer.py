@@ -9,8 +9,8 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from pusa_fast.model.linear import adapters
 from pusa_fast.testing import make_input, relative_error
 from pusa_fast.training import optim, trainer, validation
 from pusa_fast.training.data import Batch, validation_batches
+from pusa_fast.training.lock import alone
 from pusa_fast.training.metrics import read_metrics
 from pusa_fast.training.parallel import World
+from pusa_fast.training.preflight import check
 from pusa_fast.training.store import LatentStore, StoreWriter
-from pusa_fast.training.trainer import Trainer, check, train
+from pusa_fast.training.trainer import Trainer, train
 from pusa_fast.weights import checkpoint, keymap, load_dit
 
 TIMINGS = ("seconds", "tokens_per_second", "memory_gib")
@@ -341,7 +343,7 @@ def test_validation_previews_and_memory_change_no_step(tiny: Any, monkeypatch: p
         "full", data={"validation_clips": 2}, memory={"checkpointing": "block", "offload": True},
         validation={"every": 2, "samples": [{"prompt": "a"}], "steps": 2, "guidance_scale": 2.0},
     )  # fmt: skip
-    _small_previews(monkeypatch)
+    _made_up_captions(monkeypatch)
     train(bare)
     train(full)
     assert losses(full) == losses(bare) and same(weights(full), weights(bare))
@@ -510,7 +512,7 @@ def test_a_full_disk_leaves_what_was_there(tiny: Any, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Trainer, "_save", fails)
     before = threading.active_count()
-    with pytest.raises(OSError, match=r"disk is full: no checkpoint of step 4 \(the last one is .*step-000002\)\. Free some space") as caught:
+    with pytest.raises(OSError, match=r"disk is full: no checkpoint of step 4 \(the last one is .*step-000002\)\. Make room") as caught:
         train(config)
     assert "\n" not in str(caught.value) and threading.active_count() == before
     error: BaseException | None = caught.value
@@ -523,6 +525,45 @@ def test_a_full_disk_leaves_what_was_there(tiny: Any, monkeypatch: pytest.Monkey
     assert begin(config).step == 2
     train(config)
     assert rows(config) == rows(whole) and same(weights(config), weights(whole))
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system refuses to write more, as it does on a full disk."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_the_system_refuses_to_write_a_checkpoint(tiny: Any) -> None:
+    """torch's writer hides what the system said behind an error of its own."""
+    config = tiny.config(steps=2, lora={"rank": 64}, checkpoints={"every": 1})
+    begun = begin(config)
+    begun._save(None)
+    begun.step = 1
+    with files_of_at_most(100_000), pytest.raises(OSError, match=r"a file may not be as large .*no checkpoint of step 1 \(the last one is .*step-000000"):
+        begun._save(None)
+    assert saved(config) == ["step-000000"]
+
+
+def test_the_system_refuses_to_write_weights(tiny: Any, tmp_path: Path) -> None:
+    with files_of_at_most(10_000), pytest.raises(OSError, match="File too large") as caught:
+        checkpoint.save(tmp_path / "x.safetensors", {"a": torch.zeros(10_000)}, load_dit(tiny.dit, device="meta").config)
+    assert caught.value.errno == errno.EFBIG and not list(tmp_path.glob("*.safetensors*")) and not list(tmp_path.glob(".*"))
+
+
+def test_two_runs_in_one_folder(tiny: Any) -> None:
+    config = tiny.config(steps=1)
+    config.out.mkdir(parents=True)
+    with alone(config.out), pytest.raises(ValueError, match="run is being written by another run: wait for it"):
+        train(config)
+    assert not list(config.out.iterdir())
+    assert train(config).step == 1
 
 
 def test_an_interrupt_while_saving_leaves_no_part(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -600,7 +641,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(tiny: Any, monkeypatch: p
 
 
 def test_clips_of_another_model_are_refused(tiny: Any) -> None:
-    about = {"vae": "v", "text": "t", "channels": 16, "text_dim": 32, "text_len": 6}
+    about = {**LatentStore(tiny.clips).model, "text_dim": 32}
     with StoreWriter(tiny.runs / "other", about) as writer:
         writer.add("a", make_input(16, 2, 4, 4), make_input(2, 32), source="a", caption="")
     with pytest.raises(ValueError, match="prepared for another model: its text_dim is 32, this one's 64"):
@@ -609,6 +650,14 @@ def test_clips_of_another_model_are_refused(tiny: Any) -> None:
         writer.add("a", make_input(16, 2, 5, 4), make_input(2, 64), source="odd.mp4", caption="")
     with pytest.raises(ValueError, match=r"odd\.mp4: latents .* no multiple of the patch 2x2"):
         begin(tiny.config(data={"path": str(tiny.runs / "odd")}, batch_size=1))
+
+
+@pytest.mark.parametrize(("part", "what"), [("vae", "VAE"), ("text", "text encoder or tokenizer")])
+def test_clips_of_another_encoder_are_refused(tiny: Any, part: str, what: str) -> None:
+    with StoreWriter(tiny.runs / "other", {**LatentStore(tiny.clips).model, part: "another's"}) as writer:
+        writer.add("a", make_input(16, 2, 4, 4), make_input(2, 64), source="a", caption="")
+    with pytest.raises(ValueError, match=f"other was prepared with another {what} than that of .*nano: prepare the clips with this model"):
+        check(tiny.config(data={"path": str(tiny.runs / "other")}, batch_size=1))
 
 
 def test_caption_dropout_without_an_empty_caption(tiny: Any) -> None:
@@ -634,6 +683,13 @@ def test_start_goes_on_from_a_lora(tiny: Any) -> None:
     with torch.no_grad():  # the same model, at another scale
         batch, plain = _batch(again), begin(tiny.config("plain", lora={"start": start}))
         assert float(again.loss(batch)[0]) == pytest.approx(float(plain.loss(batch)[0]), rel=1e-5) and again.step == 0
+    fresh = tiny.config("gone", steps=2, lora={"start": start}, checkpoints={"every": 1})
+    train(fresh)
+    shutil.copytree(fresh.out, tiny.runs / "copy")
+    Path(start).rename(start + ".moved")
+    goes_on = tiny.config("copy", steps=3, lora={"start": start}, checkpoints={"every": 1})
+    assert train(goes_on).step == 3  # the checkpoint has all that the file had
+    Path(start + ".moved").rename(start)
     for wrong, message in (({"rank": 8}, "set lora.rank to 4"), ({"targets": ["q"]}, "make targets those of the file")):
         with pytest.raises(ValueError, match=message):
             begin(tiny.config("wrong", lora={"start": start, **wrong}))
@@ -642,21 +698,14 @@ def test_start_goes_on_from_a_lora(tiny: Any) -> None:
 # Validation and previews.
 
 
-def _small_previews(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nano's decoder on 5 frames of 32x32; captions from thin air in place of the text encoder."""
+def _made_up_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions from thin air in place of the text encoder."""
 
     class Encoder:
         def encode(self, prompts: list[str]) -> Tensor:
             return make_input(1, 6, 64, seed=len(prompts[0]))
 
     monkeypatch.setattr(validation, "load_text_encoder", lambda *args: Encoder())
-    plain = trainer.find_model
-
-    def small(model: str) -> Any:
-        found = plain(model)
-        return replace(found, defaults={**found.defaults, "num_frames": 5, "height": 32, "width": 32})
-
-    monkeypatch.setattr(trainer, "find_model", small)
 
 
 def test_validation_loss_is_that_of_the_averaged_weights(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -676,7 +725,7 @@ def test_validation_loss_is_that_of_the_averaged_weights(tiny: Any, monkeypatch:
 
 
 def test_previews_are_files_one_can_look_at(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    _small_previews(monkeypatch)
+    _made_up_captions(monkeypatch)
     picture = tiny.runs / "first.png"
     Image.new("RGB", (32, 32), (200, 30, 40)).save(picture)
     samples = [{"prompt": "a cat"}, {"prompt": "a red square", "image": str(picture), "seed": 5}]
@@ -685,9 +734,32 @@ def test_previews_are_files_one_can_look_at(tiny: Any, monkeypatch: pytest.Monke
     folder = config.out / "samples" / "step-000002"
     assert sorted(p.name for p in folder.iterdir()) == ["00.mp4", "01.mp4", "sheet.png"]
     with av.open(str(folder / "00.mp4")) as file:
-        assert [(f.width, f.height) for f in file.decode(video=0)] == [(32, 32)] * 5
+        assert [(f.width, f.height) for f in file.decode(video=0)] == [(32, 32)] * 9, "not as large as the largest clip"
     with Image.open(folder / "sheet.png") as sheet:
         assert sheet.width >= 32 and sheet.height >= 64
+
+
+def test_what_fails_in_previews_costs_no_step(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _made_up_captions(monkeypatch)
+    config = tiny.config(steps=4, validation={"every": 2, "samples": [{"prompt": "a"}], "steps": 1, "num_frames": 5}, checkpoints={"every": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(validation.Pipeline, "__call__", lambda *args, **named: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+        with pytest.raises(torch.OutOfMemoryError, match=r"in validation at step 2: make validation\.num_frames, .* the steps so far are saved"):
+            train(config)
+    assert saved(config) == ["step-000002"]
+    assert train(config).step == 4
+    with av.open(str(config.out / "samples" / "step-000004" / "00.mp4")) as file:
+        assert len(list(file.decode(video=0))) == 5
+
+
+def test_a_sample_that_is_no_picture_is_found_before_anything_is_loaded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "load_dit", lambda *args, **named: pytest.fail("a model was loaded"))
+    text = tiny.runs / "text.png"
+    text.write_text("no picture")
+    with pytest.raises(ValueError, match=r"text\.png"):
+        train(tiny.config(validation={"every": 2, "samples": [{"prompt": "a", "image": str(text)}]}))
+    with pytest.raises(ValueError, match=r"validation\.width 100 is no multiple of 16 pixels: use 96"):
+        train(tiny.config(validation={"width": 100}))
 
 
 def test_metrics_rows_say_what_they_should(tiny: Any) -> None:

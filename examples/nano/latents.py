@@ -14,9 +14,12 @@ from text import TEXT_LEN
 from pusa_fast.model.text import TextEncoder
 from pusa_fast.model.vae import WanVAE
 from pusa_fast.training import sprites
+from pusa_fast.training.catalog import FILES, Catalog
+from pusa_fast.training.planning import model_hashes
 from pusa_fast.training.store import StoreWriter
 from pusa_fast.weights import load_vae
 from pusa_fast.weights.files import file_hash
+from pusa_fast.weights.pretrained import find_model
 
 CLIPS, SHARD = 10_000, 400
 PHOTO_SHARE = 0.1  # their errors are four times those of other clips: more of them drown the rest
@@ -44,7 +47,7 @@ def prepare(run: Path, model: Path, seed: int, clips: int) -> Path:
     text = TextEncoder.from_directory(model / "text_encoder", model / "tokenizer", dtype=torch.float32, text_len=TEXT_LEN)
     text.cache_size = 100_000  # captions come again and again
     about = {
-        "vae": file_hash(model / "vae.safetensors"), "text": file_hash(model / "text_encoder" / "model.safetensors"),
+        **model_hashes(find_model(model), Catalog(out / FILES)),
         "channels": vae.config.z_dim, "text_dim": text.model.config.d_model, "text_len": text.text_len,
     }  # fmt: skip
     with StoreWriter(out, about, SHARD) as writer:

@@ -1,4 +1,4 @@
-"""`pusa-fast export`: a LoRA in another style, from a run's newest checkpoint or from a file."""
+"""`pusa-fast export`: weights for other tools, from a run's checkpoint or, in another style, from a LoRA file."""
 
 from __future__ import annotations
 
@@ -7,34 +7,55 @@ from pathlib import Path
 
 import torch
 import typer
+from torch import Tensor
 
 from pusa_fast.training import adapters
-from pusa_fast.training.config import load_config
+from pusa_fast.training.config import TrainConfig, load_config
 from pusa_fast.training.parallel import World
 from pusa_fast.training.saved import Checkpoints
+from pusa_fast.weights import checkpoint, keymap, load_dit
+from pusa_fast.weights.pretrained import find_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def run(source: str, out: str, style: str, dtype: str, overwrite: bool) -> None:
+def run(source: str, out: str, style: str | None, dtype: str, step: str | None, overwrite: bool) -> None:
     """Raises ValueError and OSError for what cannot be read, converted or written."""
-    target = Path(out)
+    target, kind = Path(out), _DTYPES[dtype]
     if target.suffix != ".safetensors":
-        raise ValueError(f"--out {out}: a LoRA is written as .safetensors: name it so")
+        raise ValueError(f"--out {out}: weights are written as .safetensors: name it so")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{out} exists: give --overwrite to replace it, or another --out")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: the folder {target.parent} does not exist: create it first")
-    updates = _of_run(Path(source)) if (Path(source) / "config.yaml").is_file() else adapters.read_updates(source)
-    adapters.write_lora(target, updates, style, _DTYPES[dtype])
-    typer.echo(f"wrote {os.path.relpath(target)} ({style})")
-
-
-def _of_run(folder: Path) -> adapters.Updates:
-    """What a run's newest checkpoint holds, averaged where it was averaging. Neither model nor clips are needed."""
+    folder = Path(source)
+    if not (folder / "config.yaml").is_file():
+        if step is not None:
+            raise ValueError(f"--step {step} names a run's checkpoint, but {source} is no run's folder")
+        adapters.write_lora(target, adapters.read_updates(source), style or "released", kind)
+        typer.echo(f"wrote {os.path.relpath(target)} ({style or 'released'})")
+        return
     config = load_config(folder / "config.yaml")
-    if config.lora is None:
-        raise ValueError(f"{folder} trained all weights, not a LoRA: load its dit.safetensors")
+    number, trained = _trained(folder, step)
+    if config.lora is not None:
+        scale = 1.0 if config.lora.alpha is None else config.lora.alpha / config.lora.rank
+        adapters.write_lora(target, adapters.saved_updates(trained, scale), style or "released", kind)
+        typer.echo(f"wrote {os.path.relpath(target)} ({style or 'released'}, step {number})")
+        return
+    if style is not None:
+        raise ValueError(f"--style {style} is for LoRAs, and {folder} trained all weights: leave it out")
+    _write_transformer(target, config, trained, kind)
+    typer.echo(f"wrote {os.path.relpath(target)} (the transformer, step {number})")
+
+
+def _trained(folder: Path, which: str | None) -> tuple[int, dict[str, Tensor]]:
+    """What a run's checkpoint holds, averaged where it was averaging. Neither model nor clips are needed."""
     saved = Checkpoints(folder, {}, 1, World(torch.device("cpu")))
-    scale = 1.0 if config.lora.alpha is None else config.lora.alpha / config.lora.rank
-    return adapters.saved_updates(saved.read("average") or saved.read("model"), scale)
+    step = saved.find(which)
+    return step, saved.read(step, "average") or saved.read(step, "model")
+
+
+def _write_transformer(target: Path, config: TrainConfig, trained: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Under official names, with its configuration, which the model that it began from has."""
+    about = load_dit(config.dit or find_model(config.model).dit, device="meta").config
+    checkpoint.save(target, {name: t.to(dtype) for name, t in keymap.unpack(trained).items()}, about)

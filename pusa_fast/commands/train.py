@@ -16,6 +16,8 @@ def run(path: str | None, overrides: Sequence[str], plan: bool, processes: int |
     if path is None and not overrides:
         raise ValueError("give a CONFIG.YAML, or at least --set data.path=PREPARED --set out=RUN")
     config = load_config(path, overrides)
+    if processes is not None and processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {processes}")
     if plan:
         from pusa_fast.training.plan import plan_run
 

@@ -128,9 +128,10 @@ def resolve(vae: WanVAE, kind: str, shape: tuple[int, ...], tiling: Tiling | Non
 
 
 def weight_bytes(device: torch.device, *modules: torch.nn.Module | None) -> int:
-    """Bytes of all parameters and buffers of modules that lie on a device, each memory once."""
+    """Bytes of all parameters and buffers of modules that lie on a device, each memory once; of sharded ones this process's part."""
     tensors = (t for m in modules if m is not None for t in (*m.parameters(), *m.buffers()) if t.device == device)
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    storages = ((t.to_local() if hasattr(t, "to_local") else t).untyped_storage() for t in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def usable_memory(device: torch.device) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pusa_fast.model.linear import LORA_INITS, LORA_TARGETS
 from pusa_fast.training.fafm import WEIGHTINGS
@@ -23,14 +24,25 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+
+
+def _as_typed(value: Any) -> Any:
+    """YAML reads names such as 100 or 2026-11-27 as numbers and dates."""
+    return str(value) if isinstance(value, (int, float, date)) and not isinstance(value, bool) else value
+
+
+AnyPath = Annotated[Path, BeforeValidator(_as_typed)]
+Name = Annotated[str, BeforeValidator(_as_typed)]
+
+
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Data(_Part):
     """`path`: a folder of `pusa-fast prepare`. The last `validation_clips` of it are never trained on."""
 
-    path: Path
+    path: AnyPath
     caption_dropout: Share = 0.0
     validation_clips: Count = 0
 
@@ -42,7 +54,7 @@ class LoRA(_Part):
     alpha: Annotated[float, Field(gt=0)] | None = None
     targets: tuple[str, ...] = LORA_TARGETS
     init: Literal[tuple(LORA_INITS)] = "kaiming"  # type: ignore[valid-type]
-    start: Path | None = None
+    start: AnyPath | None = None
 
 
 class Objective(_Part):
@@ -90,15 +102,19 @@ class Sample(_Part):
     """A clip to make at validation: a prompt, and a picture to start from."""
 
     prompt: str
-    image: Path | None = None
+    image: AnyPath | None = None
     seed: Count = 0
 
 
 class Validation(_Part):
-    """Every `every` steps (0: never): the loss on held-out clips at fixed levels and noise, and `samples` as clips and a sheet."""
+    """Every `every` steps (0: never; None: with the checkpoints, where there is something to look at): the loss on held-out clips at
+    fixed levels and noise, and `samples` as clips and a sheet, of the size given (None: that of the largest training clip)."""
 
-    every: Count = 0
+    every: Count | None = None
     samples: tuple[Sample, ...] = ()
+    width: Positive | None = None
+    height: Positive | None = None
+    num_frames: Positive | None = None
     steps: Positive | None = None
     guidance_scale: Annotated[float, Field(ge=0)] | None = None
 
@@ -108,7 +124,7 @@ class Logging(_Part):
 
     every: Positive = 10
     tensorboard: bool = False
-    wandb: str | None = None
+    wandb: Name | None = None
 
 
 class TrainConfig(_Part):
@@ -122,9 +138,9 @@ class TrainConfig(_Part):
     """
 
     data: Data
-    out: Path
-    model: str = "nano"
-    dit: Path | None = None
+    out: AnyPath
+    model: Name = "nano"
+    dit: AnyPath | None = None
     steps: Positive = 900
     batch_size: Positive = 8
     accumulate: Positive | None = None
@@ -152,6 +168,13 @@ class TrainConfig(_Part):
         if self.memory.offload and self.memory.checkpointing == "none":
             raise ValueError("memory.offload moves what checkpoints keep: set checkpointing to attention or block")
         return self
+
+    @property
+    def validate_every(self) -> int:
+        """Steps from one validation to the next; 0: none."""
+        if self.validation.every is not None:
+            return self.validation.every
+        return self.checkpoints.every if self.validation.samples or self.data.validation_clips else 0
 
     def sampling(self, shift: float) -> TimestepSampling:
         """How levels are drawn; `shift` where the objective names none."""

@@ -34,8 +34,13 @@ from pusa_fast.training.parallel import World
 from pusa_fast.training.store import write_text
 
 STATE, FOLDER, BEST = "state.json", "checkpoints", "best.json"
+_LITTLE = 64 << 20  # bytes free on a disk that is as good as full
 _NAME = re.compile(r"step-(\d{6,})$")
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk's quota is used up",
+    errno.EFBIG: "a file may not be as large as this here (ulimit -f, or the file system)",
+}  # fmt: skip
 
 
 class Checkpoints:
@@ -48,6 +53,11 @@ class Checkpoints:
         """Steps of all complete checkpoints, ascending."""
         found = (_NAME.match(path.name) for path in self.folder.glob("step-*") if (path / STATE).is_file())
         return sorted(int(match[1]) for match in found if match)
+
+    def newest(self) -> int | None:
+        """The last one's step, the same for all processes: on a network disk they may see different ones."""
+        found: int | None = self.world.gather(max(self.steps(), default=None))[0]
+        return found
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -96,12 +106,13 @@ class Checkpoints:
                     write_text(self.folder / BEST, json.dumps({"step": step, "loss": validation_loss}))
                 self._forget()
         except BaseException as error:
+            cause = _unwrapped(error)
+            full = _no_room(error, part)
             if self.world.is_first:
                 shutil.rmtree(part, ignore_errors=True)
-            cause = _unwrapped(error)
-            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._no_space(step) from error
-            if isinstance(cause, OSError) and cause is not error:
+            if full is not None:
+                raise OSError(self._lost(step, full)) from error
+            if cause is not error and isinstance(cause, OSError):
                 raise cause from None
             raise
         self.world.barrier()
@@ -113,8 +124,7 @@ class Checkpoints:
 
         Raises ValueError where it is of another configuration, naming what differs, or cannot be read.
         """
-        newest = self.world.gather(max(self.steps(), default=None))[0]  # on a network disk, processes may see different ones
-        if newest is None:
+        if (newest := self.newest()) is None:
             return None
         path = self.path(newest)
         try:
@@ -143,15 +153,26 @@ class Checkpoints:
         )  # fmt: skip
         return about
 
-    def read(self, part: str) -> dict[str, Tensor]:
-        """Tensors of the newest checkpoint by parameter name, on the CPU, without a model. `part`: "model" or "average".
-
-        Empty where it has no such part. Raises ValueError where there is no checkpoint, or it cannot be read.
-        """
+    def find(self, which: str | None) -> int:
+        """The step of the checkpoint that `which` names: a number, "best" by validation loss, or None, the newest. Raises ValueError."""
         steps = self.steps()
         if not steps:
             raise ValueError(f"{self.folder.parent} holds no checkpoint: train first")
-        path = self.path(steps[-1])
+        if which == "best":
+            if (best := self.best()) is None:
+                raise ValueError(f"{self.folder.parent} has no best checkpoint: data.validation_clips and validation.every make one")
+            return int(best["step"])
+        step = steps[-1] if which is None else int(which) if which.isdecimal() else None
+        if step not in steps:
+            raise ValueError(f"{self.folder.parent} has no checkpoint {which}: choose one of {', '.join(map(str, steps))}, or best")
+        return step
+
+    def read(self, step: int, part: str) -> dict[str, Tensor]:
+        """Tensors of a checkpoint by parameter name, on the CPU, without a model. `part`: "model" or "average".
+
+        Empty where it has no such part. Raises ValueError where it cannot be read.
+        """
+        path = self.path(step)
         try:
             entries = FileSystemReader(path).read_metadata().state_dict_metadata
             wanted = {name.removeprefix(f"{part}."): e for name, e in entries.items() if name.startswith(f"{part}.")}
@@ -178,10 +199,10 @@ class Checkpoints:
         for path in self.folder.glob("*.part"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _no_space(self, step: int) -> OSError:
+    def _lost(self, step: int, why: str) -> str:
         steps = self.steps()
         last = f"the last one is {self.path(steps[-1])}" if steps else "there is none yet"
-        return OSError(f"the disk is full: no checkpoint of step {step} ({last}). Free some space and start the same command again")
+        return f"{why}: no checkpoint of step {step} ({last}). Make room and start the same command again"
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -189,6 +210,24 @@ def _unwrapped(error: BaseException) -> BaseException:
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return error
+
+
+def _no_room(error: BaseException, part: Path) -> str | None:
+    """Why a write failed for want of room; None where it failed for another reason.
+
+    torch's writer raises its own error over the system's; from another process comes its text alone.
+    """
+    cause: BaseException | None = _unwrapped(error)
+    seen: list[BaseException] = []
+    while cause is not None and cause not in seen:
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            return _NO_ROOM[cause.errno]
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    wrote = any("inline_container" in str(e) or "file write failed" in str(e) for e in seen)
+    if wrote and part.exists() and shutil.disk_usage(part).free < _LITTLE:
+        return _NO_ROOM[errno.ENOSPC]
+    return None
 
 
 @contextmanager

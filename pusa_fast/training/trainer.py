@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,19 +28,22 @@ from pusa_fast.pipeline import resolve_device
 from pusa_fast.training import adapters, fafm, flops, metrics, optim
 from pusa_fast.training.config import TrainConfig, dump_config
 from pusa_fast.training.data import Batch, TrainingData, validation_batches
+from pusa_fast.training.lock import alone
 from pusa_fast.training.memory import save_memory
 from pusa_fast.training.parallel import World, accumulating, distribute, gathered, joined
+from pusa_fast.training.preflight import check, check_clips
 from pusa_fast.training.saved import Checkpoints
 from pusa_fast.training.store import LatentStore, write_text
 from pusa_fast.training.validation import Previews
 from pusa_fast.weights import checkpoint, keymap, load_dit
 from pusa_fast.weights.files import DIT, fingerprint
-from pusa_fast.weights.pretrained import ModelFiles, find_model
+from pusa_fast.weights.pretrained import ModelFiles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # What to change when a step runs out of memory.
+_PREVIEW_RELIEF = "make validation.num_frames, validation.width and validation.height smaller, or leave validation.samples out; the steps so far are saved"
 _RELIEF = "raise accumulate, set memory.checkpointing to attention or memory.offload to true, or parallel to fsdp on more processes; train --plan says what it takes"
 
 
@@ -60,7 +63,7 @@ def train(config: TrainConfig) -> Outcome:
     number any more, naming the clips. In all cases the checkpoints written so far stay.
     """
     files, store = check(config)
-    with joined(resolve_device(config.device)) as world:
+    with joined(resolve_device(config.device)) as world, _alone(config.out, world):
         return Trainer(config, files, store, world).run()
 
 
@@ -74,23 +77,20 @@ def export_run(config: TrainConfig) -> Outcome:
         return Outcome(trainer.step, trainer.export())
 
 
-def check(config: TrainConfig) -> tuple[ModelFiles, LatentStore]:
-    """The model's files and the clips. Raises what `train` does for settings, files and clips that cannot work together."""
-    metrics.check_loggers(config)
-    files, store = find_model(config.model), LatentStore(config.data.path)
-    stills = [clip.source for clip in store.clips if clip.shape[1] == 1]
-    if config.objective.first_frame_clean and stills:
-        raise ValueError(f"{stills[0]} has one latent frame, of which objective.first_frame_clean leaves nothing to learn: leave it out")
-    if config.dit is not None and not config.dit.exists():
-        raise FileNotFoundError(f"dit {config.dit} does not exist: give a transformer's file or folder")
-    if config.lora is not None and config.lora.start is not None and not config.lora.start.exists():
-        raise FileNotFoundError(f"lora.start {config.lora.start} does not exist: give the path of a LoRA file")
-    for sample in config.validation.samples:
-        if sample.image is not None and not sample.image.is_file():
-            raise FileNotFoundError(f"validation picture {sample.image} does not exist")
-    if config.out.exists() and not config.out.is_dir():
-        raise NotADirectoryError(f"out {config.out} is a file: give a folder")
-    return files, store
+@contextmanager
+def _alone(out: Path, world: World) -> Iterator[None]:
+    """The first process holds the run's folder; where another run has it, all processes say so."""
+    with ExitStack() as stack:
+        taken = None
+        if world.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(alone(out))
+            except ValueError as error:
+                taken = str(error)
+        if (taken := world.gather(taken)[0]) is not None:
+            raise ValueError(taken)
+        yield
 
 
 class Trainer:
@@ -114,10 +114,13 @@ class Trainer:
         sharded = config.parallel == "fsdp" and world.size > 1
         if sharded and config.optim.name == "muon":
             raise ValueError("optim.name muon needs whole matrices: use parallel ddp, or adamw")
+        weights = "given" if base is not None else fingerprint(config.dit or files.dit, DIT)
+        identity = {**config.identity(), "clips": store.fingerprint, "weights": weights, "dtype": str(self.dtype)}
+        self.checkpoints = Checkpoints(config.out, identity, config.checkpoints.keep, world)
         dtype = self.dtype if config.lora else torch.float32
         self.dit = base or load_dit(config.dit or files.dit, device=world.device, dtype=dtype)
-        _prepare(self.dit, config)
-        _check_clips(store, self.dit)
+        _prepare(self.dit, config, fresh=self.checkpoints.newest() is None)
+        check_clips(store, self.dit)
         save_memory(self.dit, config.memory.checkpointing, config.memory.offload)
         self.forward = distribute(self.dit, config.parallel, world, None if config.lora else self.dtype)
         self._autocast = config.lora is None and self.dtype is not torch.float32 and not sharded
@@ -125,20 +128,16 @@ class Trainer:
         self.parameters = list(named.values())
         self.optimizers = optim.build_optimizers(named, config.optim)
         self.average = optim.Average(named, config.optim.ema_decay) if config.optim.ema_decay else None
-        weights = "given" if base is not None else fingerprint(config.dit or files.dit, DIT)
-        identity = {**config.identity(), "clips": store.fingerprint, "weights": weights, "dtype": str(self.dtype)}
-        self.checkpoints = Checkpoints(config.out, identity, config.checkpoints.keep, world)
         found = self.checkpoints.restore(self.dit, self.optimizers, self.average)
         self.step = 0 if found is None else int(found["step"])
         if self.step > config.steps:
             raise ValueError(f"{config.out} is at step {self.step}, past steps {config.steps}: raise steps, or give another out")
-        self.previews = Previews(config, files, world)
+        self.previews = Previews(config, files, store, world)
         self.peak = metrics.peak_flops(world.device)
 
     def run(self) -> Outcome:
         config = self.config
         if self.world.is_first:
-            config.out.mkdir(parents=True, exist_ok=True)
             write_text(config.out / "config.yaml", dump_config(config))
         log = metrics.Metrics(config, self.step) if self.world.is_first else None
         saved, loss, weights = self.step, None, None
@@ -152,10 +151,13 @@ class Trainer:
                     if log is not None:
                         log.write(row)
                         self._say(row)
-                    loss = self.validate(log) if _due(self.step, config.validation.every, config.steps) else None
+                    checked = _due(self.step, config.validate_every, config.steps)
+                    loss = self.validate(log) if checked else None
                     if _due(self.step, config.checkpoints.every, config.steps) or self._is_best(loss):
                         self._save(loss)
                         saved = self.step
+                    if checked:  # last, so that nothing that fails in them costs a step
+                        self.preview()
                     clock = time.perf_counter()
                 if saved != self.step:
                     self._save(loss)
@@ -218,16 +220,23 @@ class Trainer:
         return loss, errors, sigma
 
     def validate(self, log: metrics.Metrics | None) -> float | None:
-        """Loss on held-out clips, and sample clips, with the averaged weights where there are such. None without held-out clips."""
-        config = self.config
+        """Loss on held-out clips, with the averaged weights where there are such. None without held-out clips."""
         with self._averaged():
             loss = self._validation_loss()
-            with gathered(self.dit):
-                self.previews.make(self.dit, self.step)
         if log is not None and loss is not None:
             log.write({"step": self.step, "validation_loss": loss})
-            print(f"step {self.step}/{config.steps}: validation loss {loss:.5f}", flush=True)
+            print(f"step {self.step}/{self.config.steps}: validation loss {loss:.5f}", flush=True)
         return loss
+
+    def preview(self) -> None:
+        """Make the sample clips, with the averaged weights where there are such. Raises OutOfMemoryError that says what helps."""
+        if not self.config.validation.samples:
+            return
+        try:
+            with self._averaged(), gathered(self.dit):
+                self.previews.make(self.dit, self.step)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(f"out of memory in validation at step {self.step}: {_PREVIEW_RELIEF}") from error
 
     @torch.no_grad()
     def _validation_loss(self) -> float | None:
@@ -306,15 +315,19 @@ class Trainer:
         everyone = self.world.gather((bad, clips))
         named = ", ".join([c for own, _ in everyone for c in own] or [c for _, own in everyone for c in own])
         steps = self.checkpoints.steps()
-        last = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
-        return FloatingPointError(
-            f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm} on {named}; {last}. "
-            "Lower optim.lr, set optim.clip_norm, or leave these clips out"
-        )
+        change = "lower optim.lr, set optim.clip_norm, or leave these clips out"
+        last, start = "there is no checkpoint yet", "dit" if self.config.lora is None else "lora.start"
+        if steps:  # its settings are those that failed
+            last = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}"
+            change += (
+                f"; with other settings a run cannot go on, but begin from it: pusa-fast export {self.config.out} --out start.safetensors --dtype float32, "
+                f"then set {start}=start.safetensors and another out"
+            )
+        return FloatingPointError(f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm} on {named}; {last}. To mend it, {change}")
 
 
-def _prepare(dit: WanDiT, config: TrainConfig) -> None:
-    """Make trainable what trains, in float32: adapters on a frozen base, or all of it."""
+def _prepare(dit: WanDiT, config: TrainConfig, fresh: bool) -> None:
+    """Make trainable what trains, in float32: adapters on a frozen base, or all of it. `fresh`: no checkpoint will be loaded."""
     lora = config.lora
     dit.attention_backend = config.attention
     if lora is None:
@@ -324,21 +337,8 @@ def _prepare(dit: WanDiT, config: TrainConfig) -> None:
     with torch.random.fork_rng(devices):
         torch.manual_seed(config.seed)
         add_lora(dit, lora.rank, lora.alpha, lora.targets, lora.init)
-    if lora.start is not None:
+    if fresh and lora.start is not None:
         adapters.start_from(dit, lora.start)
-
-
-def _check_clips(store: LatentStore, dit: WanDiT) -> None:
-    wanted = {"channels": dit.config.in_channels, "text_dim": dit.config.text_dim}
-    for name, value in wanted.items():
-        if int(store.model[name]) != value:
-            raise ValueError(
-                f"{store.folder} was prepared for another model: its {name} is {store.model[name]}, this one's {value}. Prepare the clips with this model"
-            )
-    _, ph, pw = dit.config.patch_size
-    for clip in store.clips:
-        if clip.shape[2] % ph or clip.shape[3] % pw:
-            raise ValueError(f"{clip.source}: latents {list(clip.shape)} are no multiple of the patch {ph}x{pw}: prepare at another size")
 
 
 def _whole(tensor: Tensor) -> Tensor:

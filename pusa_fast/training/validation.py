@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from pusa_fast import video
+from pusa_fast.config import VAEConfig
 from pusa_fast.model.dit import WanDiT
 from pusa_fast.pipeline import Pipeline, load_text_encoder
 from pusa_fast.sampling.task import Condition
 from pusa_fast.training.config import TrainConfig
 from pusa_fast.training.parallel import World
+from pusa_fast.training.store import LatentStore
 from pusa_fast.weights import load_vae
 from pusa_fast.weights.pretrained import ModelFiles
 
@@ -27,6 +30,7 @@ class Previews:
 
     config: TrainConfig
     files: ModelFiles
+    store: LatentStore
     world: World
     _texts: dict[str, Tensor] | None = None
     _vae: Any = None
@@ -38,12 +42,14 @@ class Previews:
             return
         texts, pipe = self._encoded(), Pipeline(dit, self._decoder(), None, defaults=self.files.defaults)
         folder = self.config.out / SAMPLES / f"step-{step:06d}"
+        num_frames, height, width = self._size()
         rows = []
         for number, sample in enumerate(samples):
             frames = pipe(
                 prompt_embeds=texts[sample.prompt], negative_prompt_embeds=texts[self.files.defaults["negative_prompt"]],
                 conditions=[] if sample.image is None else [Condition(sample.image)], seed=sample.seed,
                 steps=self.config.validation.steps, guidance_scale=self.config.validation.guidance_scale,
+                num_frames=num_frames, height=height, width=width, tiling="auto",
             )  # fmt: skip
             rows.append(frames)
             if self.world.is_first:
@@ -52,6 +58,13 @@ class Previews:
         if self.world.is_first:
             with video.staged(folder / "sheet.png") as path:
                 video.contact_sheet(torch.cat(rows)).save(path, format="PNG")
+
+    def _size(self) -> tuple[int, int, int]:
+        """Frames, height and width of the samples: as asked for, or as trained on."""
+        chosen, vae = self.config.validation, VAEConfig()
+        _, F, h, w = max((clip.shape for clip in self.store.clips), key=math.prod)
+        frames = 1 + vae.temporal_factor * (F - 1)
+        return chosen.num_frames or frames, chosen.height or vae.spatial_factor * h, chosen.width or vae.spatial_factor * w
 
     def _encoded(self) -> dict[str, Tensor]:
         if self._texts is None:

@@ -222,7 +222,7 @@ def save(
 ) -> None:
     """Write tensors as safetensors, under a temporary name that replaces `path` only once it is complete.
 
-    Raises FileNotFoundError when the directory is not there; what the disk raises reaches the caller.
+    Raises FileNotFoundError when the directory is not there, and the disk's own OSError where it is full.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -230,7 +230,12 @@ def save(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, temporary, {"format": "pt", **(metadata or {})})
+        try:
+            save_file(plain, temporary, {"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # it keeps the system's error as text: "... (os error 28)"
+            if found := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+            raise
         os.chmod(temporary, 0o644)  # safetensors writes for its owner alone; data sets are shared
         os.replace(temporary, path)
     finally:
