@@ -658,6 +658,7 @@ def test_clips_of_another_encoder_are_refused(tiny: Any, part: str, what: str) -
         writer.add("a", make_input(16, 2, 4, 4), make_input(2, 64), source="a", caption="")
     with pytest.raises(ValueError, match=f"other was prepared with another {what} than that of .*nano: prepare the clips with this model"):
         check(tiny.config(data={"path": str(tiny.runs / "other")}, batch_size=1))
+    check(tiny.config(data={"path": str(tiny.runs / "other"), "same_encoders": False}, batch_size=1))
 
 
 def test_caption_dropout_without_an_empty_caption(tiny: Any) -> None:

@@ -40,11 +40,13 @@ class _Part(BaseModel):
 
 
 class Data(_Part):
-    """`path`: a folder of `pusa-fast prepare`. The last `validation_clips` of it are never trained on."""
+    """`path`: a folder of `pusa-fast prepare`. The last `validation_clips` of it are never trained on. `same_encoders` False: do not
+    ask that the clips were made by the very files of the model's VAE and text encoder (the same weights in another layout)."""
 
     path: AnyPath
     caption_dropout: Share = 0.0
     validation_clips: Count = 0
+    same_encoders: bool = True
 
 
 class LoRA(_Part):
@@ -188,7 +190,7 @@ class TrainConfig(_Part):
         """
         where = ("out", "model", "dit", "device", "dtype", "attention", "parallel", "memory", "checkpoints", "validation", "logging", "accumulate")
         free: dict[str, Any] = dict.fromkeys(where, True)
-        free["data"] = {"path"}
+        free["data"] = {"path", "same_encoders"}
         if self.lora is not None:
             free["lora"] = {"start"}
         if self.optim.schedule == "constant":

@@ -37,7 +37,7 @@ def check(config: TrainConfig) -> tuple[ModelFiles, LatentStore]:
     if start is not None and not start.exists() and not Checkpoints(config.out, {}, 1, World(torch.device("cpu"))).steps():
         raise FileNotFoundError(f"lora.start {start} does not exist: give the path of a LoRA file")
     _check_samples(config)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if config.data.same_encoders and int(os.environ.get("RANK", "0")) == 0:
         check_encoders(store, files)
     return files, store
 
@@ -66,7 +66,8 @@ def check_encoders(store: LatentStore, files: ModelFiles) -> None:
         if store.model.get(name) != hashes[name]:
             raise ValueError(
                 f"{store.folder} was prepared with another {what} than that of {files.vae.parent}: "
-                "prepare the clips with this model, or set model to the one that they were prepared with"
+                "prepare the clips with this model, or set model to the one that they were prepared with; where it is the same in another layout, "
+                "set data.same_encoders to false"
             )
     with suppress(OSError):  # a folder that others own: hashed again next time
         catalog.save()
