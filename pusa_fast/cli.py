@@ -87,7 +87,7 @@ _RELIEF = {
     "train": "--set accumulate=N, --set memory.offload=true, or --set parallel=fsdp on more processes; --plan says what a step takes",
     "decode": "--tiling auto, a smaller --size, or fewer --frames",
     "prepare": "--tiling auto, or a smaller --bucket",
-    "validation": "--set validation.num_frames=N, --set validation.width=W, --set validation.height=H smaller ones; the steps so far are saved",
+    "validation": "--set validation.num_frames=N, --set validation.width=W, --set validation.height=H smaller ones, or no validation.samples; the steps so far are saved",
 }
 
 

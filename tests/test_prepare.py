@@ -31,7 +31,7 @@ from pusa_fast.training.catalog import FILES
 from pusa_fast.training.data import training_clips
 from pusa_fast.training.prepare import REPORT, SHEET, prepare
 from pusa_fast.training.sources import read_sources
-from pusa_fast.training.store import EMPTY, INDEX, SELECTION, SHARDS, LatentStore, read_index
+from pusa_fast.training.store import EMPTY, INDEX, SELECTION, SHARDS, LatentStore, StoreWriter, read_index
 from pusa_fast.weights import load_vae
 from pusa_fast.weights.pretrained import find_model
 
@@ -530,10 +530,59 @@ def test_stopped_while_lost_clips_are_made_anew(here: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("pusa_fast.training.encoding.load_vae", lambda *words, **named: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare("l.csv", "out", **size)
-    with pytest.raises(ValueError, match="out lacks 2 of its 5 clips, whose shards were lost: prepare again"):
+    with pytest.raises(FileNotFoundError, match=r"out: shard 00001\.safetensors is missing: prepare again"):
         LatentStore("out")
-    assert prepare("l.csv", "out", **size).new == 2
+    real, made = StoreWriter.flush, list[str]()
+
+    def first_only(self: StoreWriter) -> None:
+        real(self)
+        made.append("")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StoreWriter, "flush", first_only)
+        prepare("l.csv", "out", **size)
+    assert made == [""]
+    with pytest.raises(ValueError, match="out lacks 1 of its 5 clips, whose shards were lost: prepare again"):
+        LatentStore("out")
+    assert prepare("l.csv", "out", **size).new == 1
     assert hashes(here / "out") == before
+
+
+def test_shards_that_are_away_are_not_lost(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is not mounted, or a system that has no file handles left, destroys nothing."""
+    write_csv(here / "l.csv", *(f"films/a.mp4,caption {i}" for i in range(3)))
+    size: dict[str, Any] = {"buckets": ["32x32x1"], "shard_clips": 1}
+    prepare("l.csv", "out", **size)
+    before = hashes(here / "out")
+    (here / "out" / SHARDS).rename(here / "away")
+    with pytest.raises(FileNotFoundError, match=r"shards holds none of 3 shards: bring them back, or delete out/index\.json"):
+        prepare("l.csv", "out", **size)
+    (here / "away").rename(here / "out" / SHARDS)
+    real = Path.open
+
+    def busy(self: Path, *words: Any, **named: Any) -> Any:
+        if self.suffix == ".safetensors" and self.parent.name == SHARDS:
+            raise OSError(errno.EMFILE, "Too many open files", str(self))
+        return real(self, *words, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
+        patch.setattr(Path, "open", busy)
+        prepare("l.csv", "out", **size)
+    assert hashes(here / "out") == before and prepare("l.csv", "out", **size).new == 0
+
+
+def test_a_folder_without_a_selection_shows_what_it_had_until_prepare_is_done(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(here / "l.csv", "films/a.mp4,x")
+    prepare("l.csv", "out", buckets=SMALL)
+    (here / "out" / SELECTION).unlink()
+    write_csv(here / "l.csv", "films/b.mp4,y")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pusa_fast.training.prepare.write_sheet", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare("l.csv", "out", buckets=SMALL)
+    assert len(read_index(here / "out")[0]) == 2 and trained_on("out") == [("films/a.mp4", "x")]
+    prepare("l.csv", "out", buckets=SMALL)
+    assert trained_on("out") == [("films/b.mp4", "y")]
 
 
 def test_lost_clips_of_other_lists_are_gone(here: Path) -> None:
@@ -705,8 +754,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(here: Path) -> None:
     said = process.communicate()[1]
     assert process.returncode == -signal.SIGKILL, said
     assert not (here / "killed" / REPORT).exists()
-    survived = len(LatentStore("killed"))
+    survived = len(read_index(here / "killed")[0])
     assert 2 <= survived < 24
+    with pytest.raises(ValueError, match="killed is not ready: no prepare of it has come to its end"):
+        LatentStore("killed")
     # What a kill inside a write leaves behind.
     for name in (".empty_text.safetensors.7.tmp", "index.json.part", "shards/.00003.safetensors.7.tmp"):
         (here / "killed" / name).write_bytes(b"half")
@@ -716,7 +767,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(here: Path) -> None:
     assert {INDEX, SELECTION, EMPTY, REPORT, SHEET, FILES, "shards/00023.safetensors"} <= hashes(here / "whole").keys()
 
 
-@pytest.mark.parametrize("whole_files", range(9))
+@pytest.mark.parametrize("whole_files", range(10))
 def test_stopped_between_any_two_files(here: Path, monkeypatch: pytest.MonkeyPatch, whole_files: int) -> None:
     """The error stands for a full disk: it reaches the command line as one line, and complete shards stay."""
     write_csv(here / "l.csv", *(f"films/a.mp4,caption {i}" for i in range(4)))
@@ -732,7 +783,8 @@ def test_stopped_between_any_two_files(here: Path, monkeypatch: pytest.MonkeyPat
         patch.setattr(os, "replace", full)
         is_answered(run("l.csv", "--out", "stopped", "--bucket", "32x32x1", "--shard-clips", "2"), ["no space left", "free some space"])
     index = INDEX
-    assert written == [FILES, EMPTY, "00000.safetensors", index, "00001.safetensors", index, SHEET, REPORT, SELECTION][:whole_files]
+    order = [SELECTION, FILES, EMPTY, "00000.safetensors", index, "00001.safetensors", index, SHEET, REPORT, SELECTION]
+    assert written == order[:whole_files]
     assert not [path for path in (here / "stopped").rglob("*") if path.suffix in (".tmp", ".part")]
     for name in ("stopped", "whole"):
         assert prepare("l.csv", name, buckets=["32x32x1"], shard_clips=2).clips == 4

@@ -121,7 +121,8 @@ def test_a_writer_makes_lost_shards_anew_in_their_place(tmp_path: Path) -> None:
     (tmp_path / SHARDS / "00001.safetensors").write_bytes(b"")
     with StoreWriter(tmp_path, MODEL, 3) as writer:
         assert writer.keys == {"006", "007"}
-    assert len(LatentStore(tmp_path)) == 2, "lost clips stay in the index"
+    with pytest.raises(FileNotFoundError, match=r"shard 00000\.safetensors is missing: prepare again"):
+        LatentStore(tmp_path)
     _fill(tmp_path, 0, 8)
     assert _hashes(tmp_path) == before
 

@@ -98,7 +98,7 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
     [
         ("a: [1, ", r"c\.yaml is no YAML: "),
         ("- a\n- b\n", r"c\.yaml holds a list: it must map settings to values"),
-        ("3", r"c\.yaml holds a int: it must map settings to values"),
+        ("3", r"c\.yaml holds a str: it must map settings to values"),
         ("", r"data: Field required; out: Field required"),
         ("data: {path: c}\nout: r\n1: 2\n", r"c\.yaml: .*1"),
     ],
@@ -141,9 +141,14 @@ def test_identity_is_what_a_checkpoint_depends_on() -> None:
 
 
 def test_names_that_yaml_takes_for_numbers_and_dates(tmp_path: Path) -> None:
-    found = load_config(None, ["data.path=20", "out=2026-11-27", "model=7", "logging.wandb=1", "lora.start=3.5"])
-    assert (found.data.path, found.out, found.model, found.logging.wandb) == (Path("20"), Path("2026-11-27"), "7", "1")
-    assert found.lora is not None and found.lora.start == Path("3.5") and changed().lora.start is None
+    (tmp_path / "c.yaml").write_text("data: {path: 007}\nout: 2026-11-27\nmodel: 1_0\nsteps: 20\noptim: {betas: [0.5, 1e-1]}\n")
+    found = load_config(tmp_path / "c.yaml", ["logging.wandb=12:30:00", "lora.start=3.50", "logging.tensorboard=true", "optim.ema_decay=null"])
+    assert (found.data.path, found.out, found.model, found.logging.wandb) == (Path("007"), Path("2026-11-27"), "1_0", "12:30:00")
+    assert found.lora is not None and found.lora.start == Path("3.50") and changed().lora.start is None
+    assert (found.steps, found.optim.betas, found.logging.tensorboard, found.optim.ema_decay) == (20, (0.5, 0.1), True, None)
+    assert load_config(None, ["data.path=a", "out=b", "lora=null"]).lora is None
+    (tmp_path / "again.yaml").write_text(dump_config(found))
+    assert load_config(tmp_path / "again.yaml") == found
 
 
 def test_what_is_to_be_looked_at_is_made_with_the_checkpoints() -> None:
@@ -152,3 +157,4 @@ def test_what_is_to_be_looked_at_is_made_with_the_checkpoints() -> None:
     assert changed(checkpoints={"every": 7}, validation={"samples": [{"prompt": "a"}]}).validate_every == 7
     assert changed(checkpoints={"every": 7}, validation={"every": 3}).validate_every == 3
     assert changed(validation={"every": 0, "samples": [{"prompt": "a"}]}).validate_every == 0
+    assert changed(steps=30, checkpoints={"every": 0}, data={"path": "c", "validation_clips": 2}).validate_every == 30  # at the end

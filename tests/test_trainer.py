@@ -512,7 +512,7 @@ def test_a_full_disk_leaves_what_was_there(tiny: Any, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Trainer, "_save", fails)
     before = threading.active_count()
-    with pytest.raises(OSError, match=r"disk is full: no checkpoint of step 4 \(the last one is .*step-000002\)\. Make room") as caught:
+    with pytest.raises(OSError, match=r"no checkpoint of step 4 \(the last one is .*step-000002\), for the disk is full: make room, and start") as caught:
         train(config)
     assert "\n" not in str(caught.value) and threading.active_count() == before
     error: BaseException | None = caught.value
@@ -546,7 +546,7 @@ def test_the_system_refuses_to_write_a_checkpoint(tiny: Any) -> None:
     begun = begin(config)
     begun._save(None)
     begun.step = 1
-    with files_of_at_most(100_000), pytest.raises(OSError, match=r"a file may not be as large .*no checkpoint of step 1 \(the last one is .*step-000000"):
+    with files_of_at_most(100_000), pytest.raises(OSError, match=r"no checkpoint of step 1 \(the last one is .*step-000000\), for a file may not be as large as this here: raise ulimit -f"):
         begun._save(None)
     assert saved(config) == ["step-000000"]
 
@@ -657,8 +657,8 @@ def test_clips_of_another_encoder_are_refused(tiny: Any, part: str, what: str) -
     with StoreWriter(tiny.runs / "other", {**LatentStore(tiny.clips).model, part: "another's"}) as writer:
         writer.add("a", make_input(16, 2, 4, 4), make_input(2, 64), source="a", caption="")
     with pytest.raises(ValueError, match=f"other was prepared with another {what} than that of .*nano: prepare the clips with this model"):
-        check(tiny.config(data={"path": str(tiny.runs / "other")}, batch_size=1))
-    check(tiny.config(data={"path": str(tiny.runs / "other"), "same_encoders": False}, batch_size=1))
+        train(tiny.config(data={"path": str(tiny.runs / "other")}, batch_size=1))
+    assert train(tiny.config(steps=1, data={"path": str(tiny.runs / "other"), "same_encoders": False}, batch_size=1)).step == 1
 
 
 def test_caption_dropout_without_an_empty_caption(tiny: Any) -> None:
@@ -740,15 +740,16 @@ def test_previews_are_files_one_can_look_at(tiny: Any, monkeypatch: pytest.Monke
         assert sheet.width >= 32 and sheet.height >= 64
 
 
-def test_what_fails_in_previews_costs_no_step(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+def test_what_fails_in_previews_costs_no_step(tiny: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     _made_up_captions(monkeypatch)
-    config = tiny.config(steps=4, validation={"every": 2, "samples": [{"prompt": "a"}], "steps": 1, "num_frames": 5}, checkpoints={"every": 2})
+    config = tiny.config(steps=4, validation={"every": 2, "samples": [{"prompt": "a"}], "steps": 1, "num_frames": 5}, checkpoints={"every": 3})
     with monkeypatch.context() as patch:
-        patch.setattr(validation.Pipeline, "__call__", lambda *args, **named: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+        patch.setattr(validation.Pipeline, "__call__", lambda *args, **named: (_ for _ in ()).throw(error))
         with pytest.raises(torch.OutOfMemoryError, match=r"in validation at step 2: make validation\.num_frames, .* the steps so far are saved"):
             train(config)
     assert saved(config) == ["step-000002"]
-    assert train(config).step == 4
+    assert train(config).step == 4 and saved(config) == ["step-000002", "step-000003", "step-000004"]
     with av.open(str(config.out / "samples" / "step-000004" / "00.mp4")) as file:
         assert len(list(file.decode(video=0))) == 5
 
@@ -761,6 +762,30 @@ def test_a_sample_that_is_no_picture_is_found_before_anything_is_loaded(tiny: An
         train(tiny.config(validation={"every": 2, "samples": [{"prompt": "a", "image": str(text)}]}))
     with pytest.raises(ValueError, match=r"validation\.width 100 is no multiple of 16 pixels: use 96"):
         train(tiny.config(validation={"width": 100}))
+    with pytest.raises(ValueError, match=r"validation\.num_frames=80 is not 4n\+1 .*use 77 or 81"):
+        train(tiny.config(validation={"num_frames": 80}))
+
+
+def test_samples_take_the_memory_that_training_leaves(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _made_up_captions(monkeypatch)
+    seen: list[Any] = []
+    monkeypatch.setattr(validation, "usable_memory", lambda device: 10**9)
+    monkeypatch.setattr(validation.Pipeline, "__call__", lambda self, **named: seen.append(named["tiling"]) or torch.zeros(9, 32, 32, 3, dtype=torch.uint8))
+    config = tiny.config(steps=2, validation={"every": 2, "samples": [{"prompt": "a"}]}, optim={"ema_decay": 0.5})
+    train(config)
+    adapters_bytes = sum(t.nbytes for t in weights(config).values())
+    made = begin(config)
+    vae = made.previews._decoder()
+    rest = 10**9 - sum(p.nbytes for model in (made.dit, vae) for p in model.parameters())
+    steps = 4 * len(made.parameters)  # AdamW counts, in a float each
+    assert seen[0].mode == "auto" and seen[0].memory == rest - 3 * adapters_bytes - steps  # two moments and an average
+
+    def unknown(device: torch.device) -> int:
+        raise ValueError("this system does not say how much memory it has")
+
+    monkeypatch.setattr(validation, "usable_memory", unknown)
+    made.preview()
+    assert seen[1] is None
 
 
 def test_metrics_rows_say_what_they_should(tiny: Any) -> None:

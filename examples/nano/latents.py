@@ -18,7 +18,6 @@ from pusa_fast.training.catalog import FILES, Catalog
 from pusa_fast.training.planning import model_hashes
 from pusa_fast.training.store import StoreWriter
 from pusa_fast.weights import load_vae
-from pusa_fast.weights.files import file_hash
 from pusa_fast.weights.pretrained import find_model
 
 CLIPS, SHARD = 10_000, 400
@@ -29,8 +28,12 @@ _TOGETHER = 20
 def folder(run: Path, model: Path) -> Path:
     """Named by the VAE, the text encoder and what is drawn, so that latents of others are never taken."""
     drawn = (PHOTO_SHARE, data.STILL_SHARE, data.SHAPE_RATES, *sprites.GRAMMAR)
-    parts = (file_hash(model / "vae.safetensors"), file_hash(model / "text_encoder" / "model.safetensors"), drawn)
-    return run / f"latents-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
+    return run / f"latents-{hashlib.sha256(repr((*_encoders(run, model).values(), drawn)).encode()).hexdigest()[:12]}"
+
+
+def _encoders(run: Path, model: Path) -> dict[str, str]:
+    """Hashes, as `prepare` has them."""
+    return model_hashes(find_model(model), Catalog(run / FILES))
 
 
 def sample(seed: int, index: int) -> tuple[data.Sample, str]:
@@ -47,8 +50,7 @@ def prepare(run: Path, model: Path, seed: int, clips: int) -> Path:
     text = TextEncoder.from_directory(model / "text_encoder", model / "tokenizer", dtype=torch.float32, text_len=TEXT_LEN)
     text.cache_size = 100_000  # captions come again and again
     about = {
-        **model_hashes(find_model(model), Catalog(out / FILES)),
-        "channels": vae.config.z_dim, "text_dim": text.model.config.d_model, "text_len": text.text_len,
+        **_encoders(run, model), "channels": vae.config.z_dim, "text_dim": text.model.config.d_model, "text_len": text.text_len,
     }  # fmt: skip
     with StoreWriter(out, about, SHARD) as writer:
         writer.write_empty_text(_rows(text, ""))

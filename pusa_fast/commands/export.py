@@ -10,7 +10,7 @@ import typer
 from torch import Tensor
 
 from pusa_fast.training import adapters
-from pusa_fast.training.config import TrainConfig, load_config
+from pusa_fast.training.config import load_config
 from pusa_fast.training.parallel import World
 from pusa_fast.training.saved import Checkpoints
 from pusa_fast.weights import checkpoint, keymap, load_dit
@@ -36,15 +36,18 @@ def run(source: str, out: str, style: str | None, dtype: str, step: str | None, 
         typer.echo(f"wrote {os.path.relpath(target)} ({style or 'released'})")
         return
     config = load_config(folder / "config.yaml")
-    number, trained = _trained(folder, step)
     if config.lora is not None:
+        number, trained = _trained(folder, step)
         scale = 1.0 if config.lora.alpha is None else config.lora.alpha / config.lora.rank
         adapters.write_lora(target, adapters.saved_updates(trained, scale), style or "released", kind)
         typer.echo(f"wrote {os.path.relpath(target)} ({style or 'released'}, step {number})")
         return
     if style is not None:
         raise ValueError(f"--style {style} is for LoRAs, and {folder} trained all weights: leave it out")
-    _write_transformer(target, config, trained, kind)
+    # The file is to name its configuration, which the model that the run began from has.
+    about = load_dit(config.dit or find_model(config.model).dit, device="meta").config
+    number, trained = _trained(folder, step)
+    checkpoint.save(target, {name: t.to(kind) for name, t in keymap.unpack(trained).items()}, about)
     typer.echo(f"wrote {os.path.relpath(target)} (the transformer, step {number})")
 
 
@@ -53,9 +56,3 @@ def _trained(folder: Path, which: str | None) -> tuple[int, dict[str, Tensor]]:
     saved = Checkpoints(folder, {}, 1, World(torch.device("cpu")))
     step = saved.find(which)
     return step, saved.read(step, "average") or saved.read(step, "model")
-
-
-def _write_transformer(target: Path, config: TrainConfig, trained: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Under official names, with its configuration, which the model that it began from has."""
-    about = load_dit(config.dit or find_model(config.model).dit, device="meta").config
-    checkpoint.save(target, {name: t.to(dtype) for name, t in keymap.unpack(trained).items()}, about)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pusa_fast.model.linear import LORA_INITS, LORA_TARGETS
 from pusa_fast.training.fafm import WEIGHTINGS
@@ -26,15 +25,6 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 
-def _as_typed(value: Any) -> Any:
-    """YAML reads names such as 100 or 2026-11-27 as numbers and dates."""
-    return str(value) if isinstance(value, (int, float, date)) and not isinstance(value, bool) else value
-
-
-AnyPath = Annotated[Path, BeforeValidator(_as_typed)]
-Name = Annotated[str, BeforeValidator(_as_typed)]
-
-
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -43,7 +33,7 @@ class Data(_Part):
     """`path`: a folder of `pusa-fast prepare`. The last `validation_clips` of it are never trained on. `same_encoders` False: do not
     ask that the clips were made by the very files of the model's VAE and text encoder (the same weights in another layout)."""
 
-    path: AnyPath
+    path: Path
     caption_dropout: Share = 0.0
     validation_clips: Count = 0
     same_encoders: bool = True
@@ -56,7 +46,7 @@ class LoRA(_Part):
     alpha: Annotated[float, Field(gt=0)] | None = None
     targets: tuple[str, ...] = LORA_TARGETS
     init: Literal[tuple(LORA_INITS)] = "kaiming"  # type: ignore[valid-type]
-    start: AnyPath | None = None
+    start: Path | None = None
 
 
 class Objective(_Part):
@@ -104,12 +94,12 @@ class Sample(_Part):
     """A clip to make at validation: a prompt, and a picture to start from."""
 
     prompt: str
-    image: AnyPath | None = None
+    image: Path | None = None
     seed: Count = 0
 
 
 class Validation(_Part):
-    """Every `every` steps (0: never; None: with the checkpoints, where there is something to look at): the loss on held-out clips at
+    """Every `every` steps (0: never; None: with the checkpoints, the last one at least, where there is something to look at): the loss on held-out clips at
     fixed levels and noise, and `samples` as clips and a sheet, of the size given (None: that of the largest training clip)."""
 
     every: Count | None = None
@@ -126,7 +116,7 @@ class Logging(_Part):
 
     every: Positive = 10
     tensorboard: bool = False
-    wandb: Name | None = None
+    wandb: str | None = None
 
 
 class TrainConfig(_Part):
@@ -140,9 +130,9 @@ class TrainConfig(_Part):
     """
 
     data: Data
-    out: AnyPath
-    model: Name = "nano"
-    dit: AnyPath | None = None
+    out: Path
+    model: str = "nano"
+    dit: Path | None = None
     steps: Positive = 900
     batch_size: Positive = 8
     accumulate: Positive | None = None
@@ -176,7 +166,7 @@ class TrainConfig(_Part):
         """Steps from one validation to the next; 0: none."""
         if self.validation.every is not None:
             return self.validation.every
-        return self.checkpoints.every if self.validation.samples or self.data.validation_clips else 0
+        return (self.checkpoints.every or self.steps) if self.validation.samples or self.data.validation_clips else 0
 
     def sampling(self, shift: float) -> TimestepSampling:
         """How levels are drawn; `shift` where the objective names none."""
@@ -229,9 +219,18 @@ def dump_config(config: TrainConfig) -> str:
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
+class _AsTyped(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML whose plain words stay text, but for null: 007 and 2026-11-27 are names of folders too. pydantic knows which are numbers."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, Any]]]] = {
+        first: [(tag, pattern) for tag, pattern in entries if tag.endswith((":null", ":merge"))]
+        for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def _mapping(text: bytes, label: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(text) or {}
+        found = yaml.load(text, Loader=_AsTyped) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{label} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
@@ -249,6 +248,6 @@ def _set(values: dict[str, Any], override: str) -> None:
         values[parent] = dict(inner) if isinstance(inner, dict) else {}
         values = values[parent]
     try:
-        values[last] = yaml.safe_load(text)
+        values[last] = yaml.load(text, Loader=_AsTyped)
     except yaml.YAMLError:
         values[last] = text

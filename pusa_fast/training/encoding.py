@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pusa_fast.model.vae_memory import usable_memory, weight_bytes
 from pusa_fast.pipeline import load_text_encoder
 from pusa_fast.sampling.conditioning import to_video
 from pusa_fast.training.buckets import read_windows
+from pusa_fast.training.memory import out_of_memory
 from pusa_fast.training.planning import File, Plan, Settings, add_bad
 from pusa_fast.training.reference_tensors import read_tensors, text_width, trimmed
 from pusa_fast.training.sources import Source
@@ -45,7 +46,7 @@ def encode(
     settings: Settings, plan: Plan, entries: Sequence[Source], folder: Path, where: torch.device, shard_clips: int, hashes: Mapping[str, str]
 ) -> list[str]:
     """Make the clips that the store lacks; returns notes. What is bad goes into the plan. torch.OutOfMemoryError names what helps."""
-    with _memory(where):
+    with out_of_memory(f"out of memory in prepare on {where}: use tiling='auto', or a smaller bucket"):
         return _encode(settings, plan, entries, folder, where, shard_clips, hashes)
 
 
@@ -178,12 +179,3 @@ def _tiles(tiling: Tiling | None, vae: WanVAE, text: TextEncoder | None) -> Tili
     parts = (vae, None if text is None else text.model)
     return Tiling.auto(max(1, usable_memory(vae.device) - weight_bytes(vae.device, *parts)))
 
-
-@contextmanager
-def _memory(where: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        raise torch.OutOfMemoryError(f"out of memory in prepare on {where}: use tiling='auto', or a smaller bucket") from error

@@ -91,6 +91,12 @@ class Average:
             mine.copy_(kept)
 
 
+def held_bytes(optimizers: Sequence[torch.optim.Optimizer], average: Average | None) -> int:
+    """Bytes of the optimisers' states and of the average in this process."""
+    states = [t for o in optimizers for state in o.state.values() for t in state.values() if isinstance(t, Tensor)]
+    return sum(_local(t).nbytes for t in (*states, *(average.tensors.values() if average else ())))
+
+
 def _local(tensor: Tensor) -> Tensor:
     """This process's part, sharing memory."""
     found = tensor.detach()

@@ -47,6 +47,17 @@ class World:
             dist.all_gather_object(found, value)
         return found
 
+    def first_does(self, action: Callable[[], None]) -> None:
+        """The first process does it while the others wait. Raises, in all of them, its ValueError or OSError."""
+        failed: Exception | None = None
+        if self.is_first:
+            try:
+                action()
+            except (ValueError, OSError) as error:
+                failed = error
+        if (failed := self.gather(failed)[0]) is not None:
+            raise failed
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
-
 import torch
 
 from pusa_fast.config import VAEConfig
 from pusa_fast.media import open_media
 from pusa_fast.model.dit import WanDiT
+from pusa_fast.sampling.task import latent_count
 from pusa_fast.training import metrics
 from pusa_fast.training.catalog import FILES, Catalog
 from pusa_fast.training.config import TrainConfig
@@ -37,8 +35,6 @@ def check(config: TrainConfig) -> tuple[ModelFiles, LatentStore]:
     if start is not None and not start.exists() and not Checkpoints(config.out, {}, 1, World(torch.device("cpu"))).steps():
         raise FileNotFoundError(f"lora.start {start} does not exist: give the path of a LoRA file")
     _check_samples(config)
-    if config.data.same_encoders and int(os.environ.get("RANK", "0")) == 0:
-        check_encoders(store, files)
     return files, store
 
 
@@ -47,6 +43,11 @@ def _check_samples(config: TrainConfig) -> None:
     for name, size in (("width", chosen.width), ("height", chosen.height)):
         if size is not None and size % multiple:
             raise ValueError(f"validation.{name} {size} is no multiple of {multiple} pixels: use {size // multiple * multiple or multiple}")
+    if chosen.num_frames is not None:
+        try:
+            latent_count(chosen.num_frames, VAEConfig().temporal_factor)
+        except ValueError as error:
+            raise ValueError(f"validation.{error}") from None
     for sample in chosen.samples:
         if sample.image is None:
             continue
@@ -55,13 +56,14 @@ def _check_samples(config: TrainConfig) -> None:
         open_media(sample.image)  # reads a picture; a clip's first frames are read when their time comes
 
 
-def check_encoders(store: LatentStore, files: ModelFiles) -> None:
+def check_encoders(config: TrainConfig, store: LatentStore, files: ModelFiles) -> None:
     """Raises ValueError where the clips were encoded by another VAE or text encoder than the model's: latents of others teach noise.
 
-    Hashes are looked up where `prepare` keeps them, so that files which have not changed are not read again.
+    Hashes that `prepare` kept are not computed again: elsewhere than where it ran, a text encoder of 11 GB takes half a minute.
     """
-    catalog = Catalog(store.folder / FILES)
-    hashes = model_hashes(files, catalog)
+    if not config.data.same_encoders:
+        return
+    hashes = model_hashes(files, Catalog(store.folder / FILES))
     for name, what in _PARTS.items():
         if store.model.get(name) != hashes[name]:
             raise ValueError(
@@ -69,8 +71,6 @@ def check_encoders(store: LatentStore, files: ModelFiles) -> None:
                 "prepare the clips with this model, or set model to the one that they were prepared with; where it is the same in another layout, "
                 "set data.same_encoders to false"
             )
-    with suppress(OSError):  # a folder that others own: hashed again next time
-        catalog.save()
 
 
 def check_clips(store: LatentStore, dit: WanDiT) -> None:

@@ -36,7 +36,7 @@ from pusa_fast.training.store import (
     SHARDS,
     StoredClip,
     damage,
-    mend,
+    lost_clips,
     read_index,
     read_selection,
     write_selection,
@@ -145,18 +145,25 @@ def _run(settings: Settings, entries: Sequence[Source], folder: Path, where: tor
 
 
 def _take_up(folder: Path, wanted: Mapping[str, str]) -> dict[str, str]:
-    """Refuse a folder of another model, before anything is decoded; else `mend` what was begun there, and return what that does."""
+    """Refuse a folder of another model, before anything is decoded. Returns its `lost_clips`; the rest is what training goes on seeing."""
     if not (folder / INDEX).exists():
+        write_selection(folder, [])
         return {}
     _, model = read_index(folder)
     for name, value in wanted.items():
         if model.get(name) != value:
             raise ValueError(f"{folder} holds clips of another model ({name}: {model.get(name)}, now {value}): choose another folder")
-    return mend(folder)
+    if not (folder / SELECTION).exists():  # a folder of an older version, or one that was written by hand
+        write_selection(folder, list(_clips(folder)))
+    return lost_clips(folder)
 
 
 def _clips(folder: Path) -> dict[str, StoredClip]:
-    return {clip.key: clip for clip in read_index(folder)[0]} if (folder / INDEX).exists() else {}
+    """Those that can be read, by key."""
+    if not (folder / INDEX).exists():
+        return {}
+    lost = lost_clips(folder)
+    return {clip.key: clip for clip in read_index(folder)[0] if clip.key not in lost}
 
 
 def _count(clips: Sequence[StoredClip]) -> dict[str, int]:
@@ -181,7 +188,7 @@ def _write_report(
 
 
 def _lost_clips(lost: Mapping[str, str], keys: Collection[str]) -> list[str]:
-    """A note where shards could not be read: `lost` as `mend` returns it."""
+    """A note where shards could not be read: `lost` as `lost_clips` returns it."""
     if not lost:
         return []
     shards = sorted(set(lost.values()))
@@ -224,4 +231,4 @@ def _check_folder(folder: Path, source: Path) -> None:
 def _clear(folder: Path) -> None:
     """Remove what a killed run was writing."""
     for leftover in (*folder.glob(".*.tmp"), *(folder / SHARDS).glob(".*.tmp"), *folder.glob("*.json.part")):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)

@@ -34,12 +34,11 @@ from pusa_fast.training.parallel import World
 from pusa_fast.training.store import write_text
 
 STATE, FOLDER, BEST = "state.json", "checkpoints", "best.json"
-_LITTLE = 64 << 20  # bytes free on a disk that is as good as full
 _NAME = re.compile(r"step-(\d{6,})$")
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 _NO_ROOM = {
-    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk's quota is used up",
-    errno.EFBIG: "a file may not be as large as this here (ulimit -f, or the file system)",
+    errno.ENOSPC: "the disk is full: make room", errno.EDQUOT: "the disk's quota is used up: make room",
+    errno.EFBIG: "a file may not be as large as this here: raise ulimit -f, or take another file system",
 }  # fmt: skip
 
 
@@ -107,12 +106,12 @@ class Checkpoints:
                 self._forget()
         except BaseException as error:
             cause = _unwrapped(error)
-            full = _no_room(error, part)
+            full = _no_room(error)
             if self.world.is_first:
                 shutil.rmtree(part, ignore_errors=True)
             if full is not None:
                 raise OSError(self._lost(step, full)) from error
-            if cause is not error and isinstance(cause, OSError):
+            if cause is not error and isinstance(cause, Exception):
                 raise cause from None
             raise
         self.world.barrier()
@@ -160,7 +159,7 @@ class Checkpoints:
             raise ValueError(f"{self.folder.parent} holds no checkpoint: train first")
         if which == "best":
             if (best := self.best()) is None:
-                raise ValueError(f"{self.folder.parent} has no best checkpoint: data.validation_clips and validation.every make one")
+                raise ValueError(f"{self.folder.parent} has no best checkpoint: data.validation_clips makes one")
             return int(best["step"])
         step = steps[-1] if which is None else int(which) if which.isdecimal() else None
         if step not in steps:
@@ -202,7 +201,7 @@ class Checkpoints:
     def _lost(self, step: int, why: str) -> str:
         steps = self.steps()
         last = f"the last one is {self.path(steps[-1])}" if steps else "there is none yet"
-        return f"{why}: no checkpoint of step {step} ({last}). Make room and start the same command again"
+        return f"no checkpoint of step {step} ({last}), for {why}, and start the same command again"
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -212,10 +211,10 @@ def _unwrapped(error: BaseException) -> BaseException:
     return error
 
 
-def _no_room(error: BaseException, part: Path) -> str | None:
-    """Why a write failed for want of room; None where it failed for another reason.
+def _no_room(error: BaseException) -> str | None:
+    """Why a write failed, and what helps; None where something else did.
 
-    torch's writer raises its own error over the system's; from another process comes its text alone.
+    torch's writer raises its own error over the system's; from another process comes the text of that alone.
     """
     cause: BaseException | None = _unwrapped(error)
     seen: list[BaseException] = []
@@ -224,9 +223,8 @@ def _no_room(error: BaseException, part: Path) -> str | None:
             return _NO_ROOM[cause.errno]
         seen.append(cause)
         cause = cause.__cause__ or cause.__context__
-    wrote = any("inline_container" in str(e) or "file write failed" in str(e) for e in seen)
-    if wrote and part.exists() and shutil.disk_usage(part).free < _LITTLE:
-        return _NO_ROOM[errno.ENOSPC]
+    if any(words in str(e) for e in seen for words in ("inline_container", "file write failed")):
+        return "writing failed: see that the disk has room"
     return None
 
 

@@ -1,7 +1,7 @@
 """Clips as the trainer reads them: latents and text rows in sharded safetensors, with an index.
 
     prepared/index.json                 what the clips were made with, and one entry a clip
-    prepared/selection.json             the clips that training sees, in their order; without it all of the index
+    prepared/selection.json             the clips that training sees, in their order: none until the first prepare is done; without it all
     prepared/shards/00000.safetensors   "<key>.latents" [C, F, h, w], "<key>.text" [L, D]: the rows of the caption's tokens
     prepared/empty_text.safetensors     "text": the rows of the empty caption, for caption dropout
 
@@ -138,8 +138,8 @@ class StoreWriter:
     """Adds clips to a store, new or begun. `keys`: the clips that it already holds; `model`: as `LatentStore.model`.
 
     A context manager: leaving it without an error writes the last, shorter shard. After an error or a kill the store holds
-    the complete shards. Clips whose shard cannot be read count as not there (see `mend`). Raises ValueError where the folder holds
-    clips of another model. `details["latents"]` of a clip names what its latents, whatever the caption, were made from.
+    the complete shards. Clips whose shard cannot be read count as not there (see `lost_clips`). Raises ValueError where the folder
+    holds clips of another model. `details["latents"]` of a clip names what its latents, whatever the caption, were made from.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: Mapping[str, Any], shard_clips: int = SHARD_CLIPS) -> None:
@@ -154,7 +154,7 @@ class StoreWriter:
                     f"{self.folder} holds clips of another model ({differing[0]}: {found.get(differing[0])}, now "
                     f"{self.model.get(differing[0])}): choose another folder"
                 )
-            lost = mend(self.folder)
+            lost = lost_clips(self.folder)
             self._clips = [clip for clip in clips if clip.key not in lost]
         (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
         self.keys = {clip.key for clip in self._clips}
@@ -231,19 +231,28 @@ class StoreWriter:
                 _write_index(self.folder, self.model, self._clips)
 
 
-def mend(folder: Path) -> dict[str, str]:
-    """Leave clips whose shard cannot be read out of the index. Returns their keys, each with its shard and what is wrong with that."""
-    clips, model = read_index(folder)
+def lost_clips(folder: Path) -> dict[str, str]:
+    """Keys of clips whose shard cannot be read, each with its shard and what is wrong with that.
+
+    The index goes on naming them until others take their place. Raises FileNotFoundError where no shard at all is there, which is
+    more likely a folder that was moved than so much damage.
+    """
+    clips, _ = read_index(folder)
     wrong = _unreadable(folder, clips)
-    lost = {clip.key: f"{clip.shard} {wrong[clip.shard]}" for clip in clips if clip.shard in wrong}
-    if lost:
-        _write_index(folder, model, [clip for clip in clips if clip.key not in lost])
-    return lost
+    shards = {clip.shard for clip in clips}
+    if shards and not any((folder / SHARDS / shard).exists() for shard in shards):
+        raise FileNotFoundError(f"{folder / SHARDS} holds none of {len(shards)} shards: bring them back, or delete {folder / INDEX} to make all clips anew")
+    return {clip.key: f"{clip.shard} {wrong[clip.shard]}" for clip in clips if clip.shard in wrong}
 
 
 def damage(path: Path, names: Iterable[str] = ()) -> str | None:
-    """What is wrong with a safetensors file, of which header and size are read; None where it is whole and holds `names`."""
-    if not path.exists():
+    """What is wrong with a safetensors file, of which header and size are read; None where it is whole and holds `names`.
+
+    Raises OSError for a file that is there and cannot be opened: that may pass.
+    """
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
         return "is missing"
     try:
         held = set(_open(path).keys())
@@ -288,6 +297,8 @@ def _selected(folder: Path, clips: tuple[StoredClip, ...]) -> tuple[StoredClip, 
     keys = read_selection(folder)
     if keys is None:
         return clips
+    if not keys:
+        raise ValueError(f"{folder} is not ready: no prepare of it has come to its end; start the same prepare again")
     held = {clip.key: clip for clip in clips}
     if lacking := sum(key not in held for key in keys):
         raise ValueError(f"{folder} lacks {lacking} of its {len(keys)} clips, whose shards were lost: prepare again, which makes them anew")

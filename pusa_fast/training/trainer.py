@@ -29,9 +29,9 @@ from pusa_fast.training import adapters, fafm, flops, metrics, optim
 from pusa_fast.training.config import TrainConfig, dump_config
 from pusa_fast.training.data import Batch, TrainingData, validation_batches
 from pusa_fast.training.lock import alone
-from pusa_fast.training.memory import save_memory
+from pusa_fast.training.memory import out_of_memory, save_memory
 from pusa_fast.training.parallel import World, accumulating, distribute, gathered, joined
-from pusa_fast.training.preflight import check, check_clips
+from pusa_fast.training.preflight import check, check_clips, check_encoders
 from pusa_fast.training.saved import Checkpoints
 from pusa_fast.training.store import LatentStore, write_text
 from pusa_fast.training.validation import Previews
@@ -41,10 +41,9 @@ from pusa_fast.weights.pretrained import ModelFiles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-
-# What to change when a step runs out of memory.
-_PREVIEW_RELIEF = "make validation.num_frames, validation.width and validation.height smaller, or leave validation.samples out; the steps so far are saved"
+# What to change when memory runs out in a step, and in samples.
 _RELIEF = "raise accumulate, set memory.checkpointing to attention or memory.offload to true, or parallel to fsdp on more processes; train --plan says what it takes"
+_PREVIEW_RELIEF = "make validation.num_frames, validation.width and validation.height smaller, or leave validation.samples out; the steps so far are saved"
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,14 @@ def train(config: TrainConfig) -> Outcome:
     number any more, naming the clips. In all cases the checkpoints written so far stay.
     """
     files, store = check(config)
-    with joined(resolve_device(config.device)) as world, _alone(config.out, world):
+    with joined(resolve_device(config.device)) as world, ExitStack() as stack:
+
+        def first() -> None:
+            config.out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone(config.out))
+            check_encoders(config, store, files)
+
+        world.first_does(first)
         return Trainer(config, files, store, world).run()
 
 
@@ -75,22 +81,6 @@ def export_run(config: TrainConfig) -> Outcome:
         if not trainer.step:
             raise ValueError(f"{config.out} holds no checkpoint: train first")
         return Outcome(trainer.step, trainer.export())
-
-
-@contextmanager
-def _alone(out: Path, world: World) -> Iterator[None]:
-    """The first process holds the run's folder; where another run has it, all processes say so."""
-    with ExitStack() as stack:
-        taken = None
-        if world.is_first:
-            out.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(alone(out))
-            except ValueError as error:
-                taken = str(error)
-        if (taken := world.gather(taken)[0]) is not None:
-            raise ValueError(taken)
-        yield
 
 
 class Trainer:
@@ -153,10 +143,11 @@ class Trainer:
                         self._say(row)
                     checked = _due(self.step, config.validate_every, config.steps)
                     loss = self.validate(log) if checked else None
-                    if _due(self.step, config.checkpoints.every, config.steps) or self._is_best(loss):
+                    samples = checked and bool(config.validation.samples)
+                    if samples or _due(self.step, config.checkpoints.every, config.steps) or self._is_best(loss):
                         self._save(loss)
                         saved = self.step
-                    if checked:  # last, so that nothing that fails in them costs a step
+                    if samples:  # last, so that nothing that fails in them costs a step
                         self.preview()
                     clock = time.perf_counter()
                 if saved != self.step:
@@ -174,10 +165,8 @@ class Trainer:
         A `stop` that comes between two parts drops the step, which is the same when it is taken again, and returns None. Raises
         OutOfMemoryError that says what helps, FloatingPointError where the loss is no number.
         """
-        try:
+        with out_of_memory(f"out of memory in train at step {self.step + 1}: {_RELIEF}"):
             return self._step(parts, stop, time.perf_counter() if clock is None else clock)
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(f"out of memory in train at step {self.step + 1}: {_RELIEF}") from error
 
     def _step(self, parts: list[Batch], stop: _Stop | None, start: float) -> dict[str, Any] | None:
         config = self.config
@@ -221,7 +210,7 @@ class Trainer:
 
     def validate(self, log: metrics.Metrics | None) -> float | None:
         """Loss on held-out clips, with the averaged weights where there are such. None without held-out clips."""
-        with self._averaged():
+        with self._averaged(), out_of_memory(f"out of memory in train at step {self.step}, in validation: {_RELIEF}"):
             loss = self._validation_loss()
         if log is not None and loss is not None:
             log.write({"step": self.step, "validation_loss": loss})
@@ -230,13 +219,11 @@ class Trainer:
 
     def preview(self) -> None:
         """Make the sample clips, with the averaged weights where there are such. Raises OutOfMemoryError that says what helps."""
-        if not self.config.validation.samples:
-            return
-        try:
-            with self._averaged(), gathered(self.dit):
-                self.previews.make(self.dit, self.step)
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(f"out of memory in validation at step {self.step}: {_PREVIEW_RELIEF}") from error
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # as the next step does first
+        held = optim.held_bytes(self.optimizers, self.average)
+        with out_of_memory(f"out of memory in validation at step {self.step}: {_PREVIEW_RELIEF}"), self._averaged(), gathered(self.dit):
+            self.previews.make(self.dit, self.step, held)
 
     @torch.no_grad()
     def _validation_loss(self) -> float | None:

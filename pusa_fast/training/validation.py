@@ -13,6 +13,8 @@ from torch import Tensor
 from pusa_fast import video
 from pusa_fast.config import VAEConfig
 from pusa_fast.model.dit import WanDiT
+from pusa_fast.model.tiling import Tiling
+from pusa_fast.model.vae_memory import usable_memory, weight_bytes
 from pusa_fast.pipeline import Pipeline, load_text_encoder
 from pusa_fast.sampling.task import Condition
 from pusa_fast.training.config import TrainConfig
@@ -35,21 +37,23 @@ class Previews:
     _texts: dict[str, Tensor] | None = None
     _vae: Any = None
 
-    def make(self, dit: WanDiT, step: int) -> None:
-        """One clip a sample and sheet.png, their rows side by side. All processes compute, the first one writes."""
+    def make(self, dit: WanDiT, step: int, held: int = 0) -> None:
+        """One clip a sample and sheet.png, their rows side by side. All processes compute, the first one writes.
+
+        `held`: bytes that training keeps on the device beside the weights.
+        """
         samples = self.config.validation.samples
-        if not samples:
-            return
         texts, pipe = self._encoded(), Pipeline(dit, self._decoder(), None, defaults=self.files.defaults)
         folder = self.config.out / SAMPLES / f"step-{step:06d}"
         num_frames, height, width = self._size()
+        tiling = self._tiling(dit, held)
         rows = []
         for number, sample in enumerate(samples):
             frames = pipe(
                 prompt_embeds=texts[sample.prompt], negative_prompt_embeds=texts[self.files.defaults["negative_prompt"]],
                 conditions=[] if sample.image is None else [Condition(sample.image)], seed=sample.seed,
                 steps=self.config.validation.steps, guidance_scale=self.config.validation.guidance_scale,
-                num_frames=num_frames, height=height, width=width, tiling="auto",
+                num_frames=num_frames, height=height, width=width, tiling=tiling,
             )  # fmt: skip
             rows.append(frames)
             if self.world.is_first:
@@ -65,6 +69,15 @@ class Previews:
         _, F, h, w = max((clip.shape for clip in self.store.clips), key=math.prod)
         frames = 1 + vae.temporal_factor * (F - 1)
         return chosen.num_frames or frames, chosen.height or vae.spatial_factor * h, chosen.width or vae.spatial_factor * w
+
+    def _tiling(self, dit: WanDiT, held: int) -> Tiling | None:
+        """Whole frames where the memory that training leaves allows it, and where nobody knows how much there is."""
+        device = self.world.device
+        try:
+            memory = usable_memory(device)
+        except ValueError:
+            return None
+        return Tiling.auto(max(1, memory - weight_bytes(device, dit, self._decoder()) - held))
 
     def _encoded(self) -> dict[str, Tensor]:
         if self._texts is None:
