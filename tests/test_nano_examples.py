@@ -161,12 +161,13 @@ def test_ablation_trains_and_scores_what_is_missing(load: Any, tmp_path: Path, m
 
     assert work(deadline=0.0).all == [] and not trained  # nothing starts after the deadline
     rows = work()
-    assert [steps for name, steps, _ in trained if name == "fully-random-0"] == [150, 450, 750, 900, 1200]
+    run = f"fully-random-0-{ablate.base()}"  # another base trains anew
+    assert [steps for name, steps, _ in trained if name == run] == [150, 450, 750, 900, 1200]
     assert len(rows.all) == len(scored) == 1 + sum(len(list(ablate.wanted(r, 0, i))) for r in ablate.RUNS for i in r.iterations)
     assert {batch for _, _, batch in trained} == {8}
-    weights = str(tmp_path / "fully-random-0" / "weights-150.safetensors")
+    weights = str(tmp_path / run / "weights-150.safetensors")
     assert [m.lora for m in scored if m.lora and weights in m.lora] == [{weights: s} for s in ablate.STRENGTHS]
-    assert any(m.folder == str(tmp_path / "all-weights-fully-random-0" / "weights-900") and m.lora == {} for m in scored)
+    assert any(m.folder == str(tmp_path / f"all-weights-{run}" / "weights-900") and m.lora == {} for m in scored)
     row = json.loads((tmp_path / "rows.json").read_text())[0]
     # Image-to-video: three measures of 60, and one clip of two near enough to the true path.
     assert (row["quality"], row["i2v path"], row["i2v"], row["total"], row["path px"]) == (60.0, 50.0, 57.5, 58.75, 3.05)
@@ -179,6 +180,10 @@ def test_ablation_trains_and_scores_what_is_missing(load: Any, tmp_path: Path, m
     (tmp_path / "rows.json").write_text("\n".join(kept))
     assert len(work().all) == len(rows.all)
     assert not trained and len(scored) == 1 and list(scored[0].lora.values()) == [1.7]  # its weights were kept
+    monkeypatch.setattr(ablate, "SCENES", 7)
+    assert ablate.Rows().all == [], "rows of other scenes count"
+    monkeypatch.undo()
+    monkeypatch.setattr(ablate, "ROWS", tmp_path / "rows.json")
     again = ablate.Rows()
     assert not again.known(ablate.Key("fully random", 1, 900, 1.0)) and again.known(ablate.Key("fully random", 0, 900, 1.4, 5))
 
@@ -208,3 +213,16 @@ def test_ablation_tables(load: Any, tmp_path: Path) -> None:
     assert "| first frame clean | - (73.27)" in module.tables([row for row in rows if row["run"] == "fully random"], 100)
     module.plot(rows, tmp_path / "images" / "plot.png")
     assert Image.open(tmp_path / "images" / "plot.png").width > 1000
+
+
+def test_the_pages_say_what_was_measured_on_the_shipped_weights(load: Any) -> None:
+    evaluate, ablate, module = load("evaluate"), load("ablate"), load("ablation_tables")
+    docs = FOLDER.parents[1] / "docs"
+    record = json.loads((FOLDER / "results.json").read_text())
+    spec = json.loads((FOLDER.parents[1] / "pusa_fast" / "assets" / "nano" / "model.json").read_text())
+    assert json.dumps(evaluate._rounded(spec["training"])) == json.dumps(record["training"])
+    page = (docs / "nano.md").read_text()
+    assert evaluate.text_of(record) in page and evaluate.training_table(record["training"]) in page
+    rows = json.loads((FOLDER / "ablations.json").read_text())
+    assert {row["base"] for row in rows} == {ablate.Key("", 0, 0, 0.0).base}, "rows of another base"
+    assert module.tables(rows, ablate.SCENES) in (docs / "training.md").read_text()

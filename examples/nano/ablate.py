@@ -13,6 +13,7 @@ and Quality (text-to-video: direction, colour and shape right), in percent.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import time
@@ -38,7 +39,7 @@ from pusa_fast.weights.files import file_hash
 
 HERE = Path(__file__).parent
 ROWS, PAGE, IMAGES = HERE / "ablations.json", HERE.parents[1] / "docs" / "training.md", HERE.parents[1] / "docs" / "images"
-BATCH, SCENES, SCENE_SEED = 8, 100, 4096
+BATCH, SCENES, SCENE_SEED = 8, 60, 4096
 T2V, I2V = "text-to-video", "image-to-video, noise 0"
 NEAR = 3.0  # pixels; of the base's clips one in eight stays so near to the true continuation, of nano's own LoRA's nine in ten
 
@@ -59,7 +60,7 @@ class Run:
             "data": {"path": clips, "caption_dropout": 0.1}, "memory": {"checkpointing": "none"}, "logging": {"every": 150},
             "lora": None if self.rank is None else {"rank": self.rank},
             "objective": {"levels": "continuous", "weighting": "uniform", "shift": dit.TRAINING_SHIFT, **self.objective},
-            "optim": {"lr": 1e-4 if self.rank is None else 5e-4, "clip_norm": 1.0}, "checkpoints": {"every": 0, "keep": 1},
+            "optim": {"lr": 1e-4 if self.rank is None else 5e-4, "clip_norm": 1.0}, "checkpoints": {"every": 150, "keep": 1},
         }  # fmt: skip
         return parse_config(values)
 
@@ -80,17 +81,26 @@ RUNS = (
 
 @dataclass(frozen=True)
 class Key:
-    """What a row says: a run's weights after `iterations` at a strength, sampled in `steps`."""
+    """What a row says: a run's weights after `iterations` at a strength, sampled in `steps`; and of what, as rows of other settings do
+    not count."""
 
     run: str
     seed: int
     iterations: int
     strength: float
     steps: int = 10
-    base: str = field(default_factory=lambda: file_hash(nano.ASSETS / "dit.safetensors")[:12])  # rows of another nano do not count
+    batch: int = BATCH
+    scenes: int = SCENES
+    base: str = field(default_factory=lambda: base())
 
 
 BASE = "base"  # the run of no training
+
+
+@functools.cache
+def base() -> str:
+    """Names the weights that all runs begin from."""
+    return file_hash(nano.ASSETS / "dit.safetensors")[:12]
 
 
 def wanted(run: Run, seed: int, iterations: int) -> Iterator[Key]:
@@ -106,7 +116,8 @@ class Rows:
 
     def __init__(self) -> None:
         found = json.loads(ROWS.read_text()) if ROWS.exists() else []
-        self.all: list[dict[str, Any]] = [row for row in found if row["base"] == Key(BASE, 0, 0, 0.0).base]
+        same = {"base": base(), "batch": BATCH, "scenes": SCENES}
+        self.all: list[dict[str, Any]] = [row for row in found if all(row.get(k) == v for k, v in same.items())]
 
     def known(self, key: Key) -> bool:
         return any(all(row[k] == v for k, v in asdict(key).items()) for row in self.all)
@@ -130,7 +141,7 @@ class Training:
 
     def call(self) -> Path | None:
         """Weights after so many iterations; None where a signal stopped it. It goes on from the last checkpoint: the rate is constant."""
-        folder = self.work / f"{self.run.name.replace(' ', '-').replace(',', '')}-{self.seed}"
+        folder = self.work / f"{self.run.name.replace(' ', '-').replace(',', '')}-{self.seed}-{base()}"
         kept = folder / f"weights-{self.iterations[0]}.safetensors"
         if not kept.exists():
             done = train(self.run.config(self.seed, folder, self.clips, self.iterations[0]))
