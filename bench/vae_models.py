@@ -241,6 +241,7 @@ def floor_call(layers: Sequence[Layer], packed: bool = False) -> Call:
     All inputs are views of one random buffer, as large as the largest: outputs are dropped at once, so little memory is held.
     """
     weight = layers[0].module.weight
+    packed = packed and can_add(weight.device, weight.dtype)  # oneDNN has bf16 on some CPUs only
     room = torch.randn(max(math.prod(size) for layer in layers for size in layer.pieces()), device=weight.device).to(weight.dtype)
     work = [(_packed if packed else _plain)(layer, _channels_last(room, size)) for layer in layers for size in layer.pieces()]
 
