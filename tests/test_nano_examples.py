@@ -109,8 +109,10 @@ def test_a_run_by_two_processes(load: Any, tiny: Any, monkeypatch: pytest.Monkey
     assert done.step == 2 and done.weights == tiny.runs / "run" / "lora.safetensors" and done.weights.exists()
     state = json.loads((tiny.runs / "run" / "checkpoints" / "step-000002" / "state.json").read_text())
     assert state["processes"] == 2
+    real = launch.subprocess.Popen
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda command, env: real([launch.sys.executable, "-c", "raise SystemExit(1)"], env=env))
     with pytest.raises(RuntimeError, match="ended with 1"):
-        launch.run(tiny.config("uneven", batch_size=3), 2)
+        launch.run(tiny.config("failing"), 2)
 
 
 def test_intervals(load: Any) -> None:

@@ -740,7 +740,7 @@ def test_previews_are_files_one_can_look_at(tiny: Any, monkeypatch: pytest.Monke
         assert sheet.width >= 32 and sheet.height >= 64
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_what_fails_in_previews_costs_no_step(tiny: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     _made_up_captions(monkeypatch)
     config = tiny.config(steps=4, validation={"every": 2, "samples": [{"prompt": "a"}], "steps": 1, "num_frames": 5}, checkpoints={"every": 3})
