@@ -120,6 +120,6 @@ dit = WanDiT(DiTConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=1, in_channel
 x = torch.randn(1, 4, 2, 4, 4)
 with torch.no_grad():
     v = dit(x, torch.tensor([[0.0, 500.0]]), torch.randn(1, 3, 8))
-print(v.shape == x.shape)
+print(v.shape == x.shape, "torch._dynamo" in sys.modules)
 """
-    assert run(source) == "True"
+    assert run(source) == "True False", "torch._dynamo takes longer to import than torch and all of the model"

@@ -208,14 +208,13 @@ def _chosen(
     return backend
 
 
-Choose = Callable[[str, torch.device, torch.dtype, int, bool, bool], str]
-# torch.compile calls what this marks while it traces, instead of tracing probes and imports.
-_constant: Callable[[Choose], Choose] = torch.compiler.assume_constant_result
-
-
-@_constant
 def chosen(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, grad: bool, deterministic: bool
 ) -> str:
     """The backend to use. What was once found out about a device and its packages is remembered. ValueError: see `resolve`."""
     return _chosen(backend, device, dtype, head_dim, grad, deterministic)
+
+
+# torch.compile calls what is marked while it traces, instead of tracing probes and imports. This is what
+# torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, which doubles the time of our own import.
+chosen.__dict__["_dynamo_marked_constant"] = True
