@@ -6,11 +6,12 @@ import copy
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -165,23 +166,101 @@ def tiny(_tiny_files: tuple[Path, Path], tmp_path: Path) -> TinyTraining:
     return TinyTraining(*_tiny_files, tmp_path)
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """`start("-m", "pusa_fast.cli", ...)`: Python on this checkout in a folder of its own; what still runs at the end is killed."""
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    running: list[subprocess.Popen[str]] = []
+@pytest.fixture(scope="session")
+def finished(_tiny_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`finished(**changes)`: the settings of a run as `tiny.config` gives them, trained to its end once for all tests. Not to be changed."""
+    from pusa_fast.training.trainer import train
 
-    def begin(*words: str | Path) -> subprocess.Popen[str]:
-        command = [sys.executable, *map(str, words)]
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-        )
-        running.append(process)
-        return process
+    runs = TinyTraining(*_tiny_files, tmp_path_factory.mktemp("finished"))
+    made: dict[str, Any] = {}
+
+    def find(**changes: Any) -> Any:
+        if (key := repr(changes)) not in made:
+            config = runs.config(f"run-{len(made)}", **changes)
+            train(config)
+            made[key] = config
+        return made[key]
+
+    return find
+
+
+# Of a forked program: a session and a folder of its own, its output to files, then what `python` does with such words.
+_PROGRAM = """
+import os, runpy, sys
+import torch
+os.setsid()
+os.chdir(folder)
+os.environ.update(environment)
+for number, path in enumerate(outputs, start=1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+torch.set_num_threads(1)
+sys.path.insert(0, folder)
+sys.argv = words[1:] if words[0] == "-m" else words
+if words[0] == "-m":
+    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(words[0], run_name="__main__")
+"""
+
+
+class Program:
+    """Python with these words (`"-m", module, ...` or `file, ...`) as a process; as `subprocess.Popen`, where it has the same names."""
+
+    def __init__(self, forks: ForkServerContext, folder: Path, name: str, words: list[str], environment: dict[str, str]) -> None:
+        self.outputs = [folder / f"{name}.{stream}" for stream in ("out", "err")]
+        given = {"folder": str(folder), "environment": environment, "outputs": [str(path) for path in self.outputs], "words": words}
+        self._process = forks.Process(target=exec, args=(_PROGRAM, given), daemon=False)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        assert self.returncode is not None, f"still running after {timeout} s: {[path.read_text() for path in self.outputs]}"
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Waits for its end. Returns (stdout, stderr)."""
+        self.wait(timeout)
+        out, err = (path.read_text() for path in self.outputs)
+        return out, err
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+@pytest.fixture(scope="session")
+def _forks() -> ForkServerContext:
+    """Forks processes that have torch and the trainer imported, which costs five seconds each time otherwise."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "pusa_fast.training.prepare", "pusa_fast.training.trainer"])
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with pytest.MonkeyPatch.context() as patch:
+        # No thread in the server: what a thread holds while another forks stays held.
+        for name, value in {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture
+def start(tmp_path: Path, _forks: ForkServerContext) -> Iterator[Callable[..., Program]]:
+    """`start("-m", "pusa_fast.cli", ..., NAME="value of the environment")`: a `Program` in `tmp_path`; what still runs at the end is killed."""
+    running: list[Program] = []
+
+    def begin(*words: str | Path, **environment: str) -> Program:
+        running.append(Program(_forks, tmp_path, f"program-{len(running)}", [str(word) for word in words], environment))
+        return running[-1]
 
     yield begin
-    for process in running:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    for program in running:
+        if program.poll() is None:
+            program.kill()
+        program.wait(30)

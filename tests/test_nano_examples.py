@@ -17,8 +17,9 @@ from PIL import Image
 
 from pusa_fast import Condition, Pipeline
 from pusa_fast.training import sprites
+from pusa_fast.training.config import load_config
 from pusa_fast.training.store import LatentStore
-from pusa_fast.training.trainer import Outcome
+from pusa_fast.training.trainer import Outcome, train
 
 FOLDER = Path(__file__).parents[1] / "examples" / "nano"
 
@@ -102,17 +103,37 @@ def test_a_batch_of_scored_clips_is_what_the_pipeline_makes(load: Any) -> None:
             assert (clips[i].int() - alone.int()).abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_a_run_by_two_processes(load: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parents[1]))
-    launch = load("launch")
-    done = launch.run(tiny.config(steps=2), 2)
+    done = load("launch").run(tiny.config(steps=2), 2)
     assert done.step == 2 and done.weights == tiny.runs / "run" / "lora.safetensors" and done.weights.exists()
     state = json.loads((tiny.runs / "run" / "checkpoints" / "step-000002" / "state.json").read_text())
     assert state["processes"] == 2
+
+
+@pytest.mark.parametrize(("code", "steps"), [(0, 2), (0, 3), (1, 2)])
+def test_what_a_run_by_two_processes_leaves(load: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, code: int, steps: int) -> None:
+    """Beside a stand-in for torchrun, which has taken two of the steps."""
+    launch, settings = load("launch"), tiny.config(steps=steps)
+    train(settings.model_copy(update={"steps": 2}))
+    (tiny.runs / "run" / "lora.safetensors").unlink()
+    commands: list[list[str]] = []
     real = launch.subprocess.Popen
-    monkeypatch.setattr(launch.subprocess, "Popen", lambda command, env: real([launch.sys.executable, "-c", "raise SystemExit(1)"], env=env))
-    with pytest.raises(RuntimeError, match="ended with 1"):
-        launch.run(tiny.config("failing"), 2)
+
+    def torchrun(command: list[str], env: dict[str, str]) -> Any:
+        commands.append(command)
+        assert env["OMP_NUM_THREADS"] == "1"
+        return real([sys.executable, "-c", f"raise SystemExit({code})"], env=env)
+
+    monkeypatch.setattr(launch.subprocess, "Popen", torchrun)
+    if code:
+        with pytest.raises(RuntimeError, match="ended with 1"):
+            launch.run(settings, 2)
+    else:
+        done = launch.run(settings, 2)
+        assert (done.step, done.weights is not None) == (2, steps == 2)
+    assert "--nproc-per-node=2" in commands[0] and load_config(commands[0][-1]) == settings
 
 
 def test_intervals(load: Any) -> None:

@@ -9,8 +9,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -735,22 +733,24 @@ def test_nothing_that_can_be_used_is_an_error_with_a_report(here: Path) -> None:
 # -- stopping and going on
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(here: Path) -> None:
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(here: Path, start: Callable[..., Any]) -> None:
     rows = [f"films/{name}.mp4,caption {i}" for i in range(6) for name in "ab"]
     write_csv(here / "l.csv", *rows, "films/cut.mp4,x")
     # A nap after each clip, so that the kill comes in time on a slow machine too.
-    source = (
-        "import time; from pusa_fast.training.prepare import prepare;"
-        f"prepare('l.csv', 'killed', buckets={SMALL}, clips_per_video=2, shard_clips=1, progress=lambda *_: time.sleep(0.03))"
+    Path("slow.py").write_text(
+        f"""
+import os, time
+from pusa_fast.training.prepare import prepare
+os.chdir({str(here)!r})
+prepare("l.csv", "killed", buckets={SMALL}, clips_per_video=2, shard_clips=1, progress=lambda *_: time.sleep(0.03))
+"""
     )
-    path = os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, "-c", source], env=environment, stderr=subprocess.PIPE)
+    process = start(Path("slow.py").absolute())
     shards = here / "killed" / "shards"
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline and not (shards / "00002.safetensors").exists():
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     said = process.communicate()[1]
     assert process.returncode == -signal.SIGKILL, said
     assert not (here / "killed" / REPORT).exists()

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,22 +24,21 @@ from pusa_fast.training.parallel import World, distribute
 from pusa_fast.training.trainer import export_run, train
 from pusa_fast.weights import load_dit
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Any]
 
 # Trains one run after the other in one world, since starting one costs seconds.
 WORKER = """
-import os, sys
-from pathlib import Path
-import torch, torch.distributed as dist
+import sys
+import torch.distributed as dist
 from pusa_fast.training.config import load_config
-from pusa_fast.training.parallel import World, distribute
 from pusa_fast.training.trainer import train
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-for path in sys.argv[1:]:
+store, rank, *paths = sys.argv[1:]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
+for path in paths:
     train(load_config(path))
 dist.destroy_process_group()
 """
+AS_TORCHRUN = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # no port: they meet at a file
 # The program itself, after telling its process number.
 TELLING = """
 import os
@@ -65,7 +63,7 @@ RUNS: dict[str, dict[str, Any]] = {
 BEGUN = ("ddp", "fsdp")  # also in a folder where one process took the first two steps
 
 
-def torchrun(start: Start, folder: Path, source: str, *words: str | Path) -> subprocess.Popen[str]:
+def torchrun(start: Start, folder: Path, source: str, *words: str | Path) -> Any:
     (folder / "worker.py").write_text(source)
     return start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "worker.py", *words)
 
@@ -86,9 +84,11 @@ def ran(tiny: Any, start: Start, folder: Path) -> Path:
         for name in BEGUN:
             begun = alone(folder, name, folder / f"{name}-begun", steps=2, validation=Validation())
             (folder / f"{name}-begun.yaml").write_text(dump_config(begun.model_copy(update={"steps": 4})))
-        process = torchrun(start, tiny.runs, WORKER, *(folder / f"{name}.yaml" for name in (*RUNS, *(f"{name}-begun" for name in BEGUN))))
-        _, errors = process.communicate(timeout=120)
-        (folder / "said").write_text(f"{process.returncode}\n{errors}")
+        (tiny.runs / "worker.py").write_text(WORKER)
+        paths = [folder / f"{name}.yaml" for name in (*RUNS, *(f"{name}-begun" for name in BEGUN))]
+        both = [start("worker.py", folder / "store", rank, *paths, **AS_TORCHRUN, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+        errors = [process.communicate(timeout=120)[1] for process in both]
+        (folder / "said").write_text("\n".join([str(max(abs(process.returncode) for process in both)), *errors]))
     code, errors = (folder / "said").read_text().split("\n", 1)
     assert code == "0", errors[-3000:]
     return folder
@@ -173,7 +173,7 @@ def test_timesteps_of_a_bf16_sharded_model_are_not_rounded(tiny: Any, monkeypatc
     assert torch.equal(seen[0].flatten(), torch.tensor([997.3, 4.98]))
 
 
-def _wait(check: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:
+def _wait(check: Callable[[], bool], process: Any, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not check():
         assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)

@@ -268,10 +268,12 @@ def ask(made: Trainer) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
-def test_killed_and_resumed_is_as_if_nothing_had_been(tiny: Any, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    whole, cut = (tiny.config(name, **STATEFUL, checkpoints={"every": 2}) for name in ("whole", "cut"))
+def test_killed_and_resumed_is_as_if_nothing_had_been(
+    tiny: Any, finished: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    settings = {**STATEFUL, "checkpoints": {"every": 2}}
+    whole, cut = finished(**settings), tiny.config("cut", **settings)
     before = threading.active_count()
-    train(whole)
     with pytest.raises(Killed):
         interrupt(monkeypatch, cut, step, kill)
     assert threading.active_count() == before
@@ -470,9 +472,12 @@ def _cut(path: Path) -> None:
         _cut,
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tiny: Any, damage: Callable[[Path], None]) -> None:
-    config = tiny.config(steps=4, checkpoints={"every": 2})
-    train(config)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
+    tiny: Any, finished: Callable[..., Any], damage: Callable[[Path], None]
+) -> None:
+    settings = {"steps": 4, "checkpoints": {"every": 2}}
+    config = tiny.config(**settings)
+    shutil.copytree(finished(**settings).out, config.out)
     told, path = rows(config), config.out / "checkpoints" / "step-000004"
     damage(path)
     with pytest.raises(ValueError, match=r"step-000004.*: delete .*to go on from the checkpoint before it") as caught:
@@ -497,9 +502,9 @@ def _full_disk(*args: Any, **named: Any) -> Any:
 
 
 @pytest.mark.parametrize("place", ["pusa_fast.training.saved.save", "os.fsync", "pathlib.Path.mkdir"])
-def test_a_full_disk_leaves_what_was_there(tiny: Any, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    whole, config = (tiny.config(name, checkpoints={"every": 2}) for name in ("whole", "full"))
-    train(whole)
+def test_a_full_disk_leaves_what_was_there(tiny: Any, finished: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    settings = {"checkpoints": {"every": 2}}
+    whole, config = finished(**settings), tiny.config("full", **settings)
     plain, calls = Trainer._save, []
 
     def fails(self: Trainer, loss: float | None) -> None:
