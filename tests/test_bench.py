@@ -22,9 +22,9 @@ from pusa_fast.commands import bench as command
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-registry, providers, timing, peaks, memory, harness, run_ops, run_dit, run_e2e, dit_models = (
+registry, providers, timing, peaks, memory, harness, run_ops, run_dit, run_e2e, run_numerics, dit_models = (
     command.load(name)
-    for name in ("registry", "providers", "timing", "peaks", "memory", "harness", "run_ops", "run_dit", "run_e2e", "dit_models")
+    for name in ("registry", "providers", "timing", "peaks", "memory", "harness", "run_ops", "run_dit", "run_e2e", "run_numerics", "dit_models")
 )
 TINY = registry.SHAPES["tiny"]
 
@@ -432,3 +432,15 @@ def test_a_training_step_beside_the_reference() -> None:
     assert found["relative_error"]["loss"] < 1e-5 and found["relative_error"]["gradient"] < 1e-3
     assert found["speedup"] > 0 and found["peak_mib"]["pusa"] < found["peak_mib"]["reference"]
     assert found["planned_step_mib"] == pytest.approx(found["peak_mib"]["pusa"], rel=0.1)
+
+
+def test_lower_precisions_are_compared_on_the_model_as_it_is_used() -> None:
+    """With nano's LoRA on all of them: without it, or on one alone, the clips would have little in common."""
+    found = run_numerics.run(CPU, clips=1)
+    assert found["emulated"] and list(found["blocks"]) == ["bf16", "fp8"]
+    for name, blocks, psnr in (("bf16", (0.001, 0.02), 45), ("fp8", (0.005, 0.1), 30)):
+        errors = found["blocks"][name]
+        assert len(errors) == 6 + 1 and all(blocks[0] < error < blocks[1] for error in errors)
+        for task in ("text-to-video", "image-to-video"):
+            row = found["clips"][f"{name}, {task}"]
+            assert row["psnr_db"]["min"] > psnr and row["same_direction"]["min"] == 1.0
