@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.card import card
+from bench.registry import DEFAULT_DTYPES, DTYPES
+from pusa_fast.ops.products import ONEDNN_BF16
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,14 @@ def choose(kind: str, wanted: Sequence[str], known: Sequence[str], default: Sequ
         if name not in known:
             raise ValueError(f"--{kind} {name} does not exist: choose from {', '.join(known)}")
     return list(wanted or default)
+
+
+def model_dtypes(options: Options, recorder: Recorder) -> list[str]:
+    """Those in which a model runs on the CPU: what was asked for, or all that it multiplies itself. bf16 in software takes hours."""
+    default = [name for name in DEFAULT_DTYPES["cpu"] if ONEDNN_BF16 or name != "bf16"]
+    if not options.dtypes and len(default) < len(DEFAULT_DTYPES["cpu"]):
+        recorder.note("bf16 left out: this CPU multiplies it in software; --dtype bf16 measures that")
+    return choose("dtype", options.dtypes, list(DTYPES), default)
 
 
 def _module(name: str) -> Callable[[Options, Recorder], None]:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from bench.dit_models import at_depth, calls, check, floor_call, make_case, our_model, same_function, their_model
-from bench.harness import Options, Recorder, choose
+from bench.harness import Options, Recorder, choose, model_dtypes
 from bench.memory import peak_bytes
 from bench.peaks import TEXT_TOKENS, attention_rate, floor_seconds, measure_peaks
 from bench.providers import failure
-from bench.registry import DEFAULT_DTYPES, DTYPES, SHAPES, Shape
+from bench.registry import DTYPES, SHAPES, Shape
 from bench.timing import Run, measure, ratio, significant, spread
 from pusa_fast import DiTConfig
 
@@ -51,7 +51,7 @@ def _run_cpu(options: Options, recorder: Recorder) -> None:
     if more:
         raise ValueError(f"--shape {more[0]}: on the CPU bench dit measures one shape a run, here {name}")
     shape, text = SHAPES[name], 16 if options.quick else TEXT_TOKENS
-    dtypes = choose("dtype", options.dtypes, list(DTYPES), DEFAULT_DTYPES["cpu"])
+    dtypes = model_dtypes(options, recorder)
     recorder.save(shape=name, tokens=shape.tokens, frames=shape.grid[0], text_tokens=text, blocks=2)
     _say_what_is_missing(recorder)
     for dtype in dtypes:

@@ -17,7 +17,7 @@ import torch
 
 from bench import vae_variants
 from bench.dit_models import same_function
-from bench.harness import Options, Recorder, choose
+from bench.harness import Options, Recorder, choose, model_dtypes
 from bench.memory import peak_bytes
 from bench.registry import DEFAULT_DTYPES, DTYPES
 from bench.run_e2e import FRAMES, SIZES
@@ -62,7 +62,7 @@ def _run_cpu(options: Options, recorder: Recorder, config: VAEConfig | None) -> 
     if options.size is not None:
         raise ValueError(f"--size {options.size}: on the CPU bench vae measures {CPU_CLIP} only; sizes are for --device cuda")
     clip = CPU_QUICK if options.quick else CPU_CLIP
-    dtypes = choose("dtype", options.dtypes, list(DTYPES), DEFAULT_DTYPES["cpu"])
+    dtypes = model_dtypes(options, recorder)
     targets = {**TARGETS, "blend_speedup": BLEND_TARGET}
     recorder.save(clip=str(clip), frames=clip.frames, base_dim=(config or VAEConfig()).base_dim, targets=targets)
     rows: list[Row] = []

@@ -366,6 +366,16 @@ def test_the_command_line_stays_light() -> None:
 # The transformer and whole runs.
 
 
+@pytest.mark.parametrize(("here", "asked", "measured"), [(True, (), ["fp32", "bf16"]), (False, (), ["fp32"]), (False, ("bf16",), ["bf16"])])
+def test_bf16_in_software_is_measured_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: bool, asked: tuple[str, ...], measured: list[str]
+) -> None:
+    monkeypatch.setattr(harness, "ONEDNN_BF16", here)
+    options = harness.Options("cpu", dtypes=asked)
+    assert harness.model_dtypes(options, harness.Recorder("dit", options, CPU)) == measured
+    assert ("bf16 left out" in capsys.readouterr().err) == (not here and not asked)
+
+
 def test_dit_quick() -> None:
     found = harness.execute("dit", harness.Options("cpu", True, dtypes=("fp32",)))
     own = found["fp32"]

@@ -73,7 +73,7 @@ def test_gradients_where_autograd_records(backend: str) -> None:
                 assert_within_budget(ours, theirs, exact)
 
 
-@pytest.mark.skipif(not products._ONEDNN_BF16, reason="no bf16 products in oneDNN here")
+@pytest.mark.skipif(not products.ONEDNN_BF16, reason="no bf16 products in oneDNN here")
 @torch.no_grad()
 def test_bf16_takes_the_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []

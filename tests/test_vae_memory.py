@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 # Without bf16 in oneDNN torch converts whole clips to float32 on its way, which no prediction knows of.
 DTYPES = [
     torch.float32,
-    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not products._ONEDNN_BF16, reason="no bf16 products in oneDNN here")),
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not products.ONEDNN_BF16, reason="no bf16 products in oneDNN here")),
 ]
 TILINGS = [None, Tiling(tile=(6, 8), mode="exact"), Tiling(tile=(8, 8), stride=(6, 7))]
 

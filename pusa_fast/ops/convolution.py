@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from pusa_fast.ops.products import _ONEDNN_BF16
+from pusa_fast.ops.products import ONEDNN_BF16
 
 _HAS_BINARY = hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
 
@@ -49,7 +49,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...
 
 def can_add(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN serves tensors of this kind, and so `convolve_add_` does."""
-    supported = dtype == torch.float32 or (dtype == torch.bfloat16 and _ONEDNN_BF16)
+    supported = dtype == torch.float32 or (dtype == torch.bfloat16 and ONEDNN_BF16)
     return device.type == "cpu" and _HAS_BINARY and supported and bool(torch._C._get_mkldnn_enabled())
 
 

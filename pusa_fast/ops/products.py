@@ -22,7 +22,7 @@ def _onednn_bf16() -> bool:
     return supported
 
 
-_ONEDNN_BF16 = _onednn_bf16()
+ONEDNN_BF16 = _onednn_bf16()
 
 
 def _recording(*tensors: Tensor | None) -> bool:
@@ -39,7 +39,7 @@ def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     bf16 = x.dtype == weight.dtype == torch.bfloat16 and (bias is None or bias.dtype == torch.bfloat16)
     fits = x.is_cpu and x.numel() > 0 and x.shape[-1] == weight.shape[-1]
-    allowed = _ONEDNN_BF16 and torch._C._get_mkldnn_enabled() and not _autocasts(x)
+    allowed = ONEDNN_BF16 and torch._C._get_mkldnn_enabled() and not _autocasts(x)
     return allowed and bf16 and fits and chosen(x) == "native"
 
 
