@@ -10,7 +10,7 @@
 # PYTHON   interpreter (default python3)
 # Results are written as they come in: a step that is cut short leaves what it had.
 set -u
-steps=(native tests e2e-480p train ops vae-480p attention e2e-720p vae-720p dit e2e-480p-fp8 sanitizer)
+steps=(native tests e2e-480p train ops vae-480p attention e2e-720p vae-720p dit e2e-480p-fp8 numerics sanitizer)
 cd "$(dirname "$0")/.."
 : "${OUT:?OUT names the folder for the results}"
 PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-570}
@@ -72,6 +72,7 @@ run_step() {
     vae-720p) bench vae-720p 240 vae '"size": "720p"' ;;
     dit) bench dit 400 dit "" ;;
     e2e-480p-fp8) bench e2e-480p-fp8 180 e2e "$e2e, \"size\": \"480p\", \"precision\": \"fp8\"" ;;
+    numerics) bench numerics 90 numerics "" ;;
   esac
 }
 

@@ -264,13 +264,13 @@ def test_the_gpu_script_goes_on_after_a_failure(tmp_path: Path) -> None:
     done = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     lines = [line.split("\t")[:-1] for line in calls.read_text().splitlines()]
-    assert [words[1] for words in lines] == ["pybind11", "pytest", *["bench"] * 9]
+    assert [words[1] for words in lines] == ["pybind11", "pytest", *["bench"] * 10]
     for words in lines[2:]:
         options = harness.Options.from_json(words[3])
         assert words[2] in harness.RUNS and options.device == "cuda" and options.seconds >= 30
         assert Path(options.out).parent == tmp_path / "out"
         assert words[2] != "e2e" or run_e2e._plan(replace(options, device="cuda"), torch.device("cuda"))["steps"] == 4
-    assert done.stdout.count("exit 3") == 11
+    assert done.stdout.count("exit 3") == 12
     assert [harness.Options.from_json(words[3]).size for words in lines[2:] if words[2] == "vae"] == ["480p", "720p"]
     wrong = subprocess.run([script, "speed"], env=environment, capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2 and "speed: no such step" in wrong.stderr
