@@ -60,7 +60,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fsdp-full-bf16": {"parallel": "fsdp", "dtype": "bfloat16", **FULL},
     "ddp-muon": {"parallel": "ddp", "lora": None, "optim": {"name": "muon", "lr": 1e-3, "muon_lr": 3e-3, "ema_decay": 0.5}},
 }
-BEGUN = ("ddp", "fsdp")  # also in a folder where one process took the first two steps
+BEGUN = ("ddp", "fsdp", "fsdp-full")  # also in a folder where one process took the first two steps
 
 
 def torchrun(start: Start, folder: Path, source: str, *words: str | Path) -> Any:
