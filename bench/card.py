@@ -16,7 +16,18 @@ import torch
 import pusa_fast
 
 ROOT = Path(pusa_fast.__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "numpy", "diffusers", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "liger-kernel", "quack-kernels")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "diffusers",
+    "transformers",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "liger-kernel",
+    "quack-kernels",
+)
 
 
 def card(device: torch.device) -> dict[str, Any]:

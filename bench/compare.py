@@ -34,9 +34,13 @@ def run(before: str, after: str, kind: str, options: Options, rounds: int = 2) -
     if Path(before).is_file() and Path(after).is_file():
         first, second = read(before), read(after)
         if first["bench"] != second["bench"]:
-            raise ValueError(f"{before} is a result of bench {first['bench']}, {after} one of {second['bench']}: give two of a kind")
+            raise ValueError(
+                f"{before} is a result of bench {first['bench']}, {after} one of {second['bench']}: give two of a kind"
+            )
         if machine(first["card"]) != machine(second["card"]):
-            recorder.note(f"warning: {machine(first['card'])} and {machine(second['card'])}: the ratios compare machines, not code")
+            recorder.note(
+                f"warning: {machine(first['card'])} and {machine(second['card'])}: the ratios compare machines, not code"
+            )
         kind, pair = first["bench"], (times(first), times(second))
     else:
         harness.choose("kind", (kind,), list(harness.RUNS), ())
@@ -80,7 +84,10 @@ def _spreads(result: Row) -> Iterator[tuple[str, Mapping[str, float], float]]:
             yield name, row["forward"], 1.0
     for dtype in ("fp32", "bf16"):
         found = result.get(dtype, {})
-        for part, own in (("", found), *((f" {direction}", found.get(direction, {})) for direction in ("decode", "encode"))):
+        for part, own in (
+            ("", found),
+            *((f" {direction}", found.get(direction, {})) for direction in ("decode", "encode")),
+        ):
             for provider, value in own.get("seconds", {}).items():
                 yield f"{dtype}{part} {provider}", value, 1.0
     if "forward" in result:
@@ -98,13 +105,19 @@ def ratios(before: Times, after: Times) -> list[Row]:
         low, high = low1 / high0, high1 / low0
         verdict = "same" if low <= 1 <= high else "faster" if high < 1 else "slower"
         row = {"name": name, "before_s": m0, "after_s": m1, "ratio": m1 / m0, "low": low, "high": high}
-        rows.append({**{key: value if key == "name" else significant(value) for key, value in row.items()}, "verdict": verdict})
+        rows.append(
+            {**{key: value if key == "name" else significant(value) for key, value in row.items()}, "verdict": verdict}
+        )
     return rows
 
 
 def drift(rows: list[Row]) -> float | None:
     """Median ratio of what is not ours: how much faster or slower the machine got."""
-    others = [row["ratio"] for row in rows if "pusa" not in row["name"].split() and not any(w.startswith("pusa[") for w in row["name"].split())]
+    others = [
+        row["ratio"]
+        for row in rows
+        if "pusa" not in row["name"].split() and not any(w.startswith("pusa[") for w in row["name"].split())
+    ]
     return significant(percentile(others, 50)) if others else None
 
 
@@ -121,7 +134,9 @@ def pooled(runs: list[Times]) -> Times:
     }
 
 
-def _measure_refs(before: str, after: str, kind: str, options: Options, rounds: int, recorder: Recorder) -> tuple[Times, Times]:
+def _measure_refs(
+    before: str, after: str, kind: str, options: Options, rounds: int, recorder: Recorder
+) -> tuple[Times, Times]:
     """Rounds of before, after, after, before: a drift of the machine falls on both."""
     if rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {rounds}")
@@ -145,7 +160,9 @@ def _package(ref: str, recorder: Recorder) -> Iterator[Path | None]:
         return
     commit = _git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
     if commit is None:
-        raise ValueError(f"{ref} is neither a result file nor a commit of {ROOT} (the working tree is {WORKING_TREE!r})")
+        raise ValueError(
+            f"{ref} is neither a result file nor a commit of {ROOT} (the working tree is {WORKING_TREE!r})"
+        )
     with tempfile.TemporaryDirectory(prefix="pusa-bench-") as folder:
         tree, target = Path(folder) / "tree", Path(folder) / "installed"
         if _git("worktree", "add", "--detach", "--quiet", str(tree), commit) is None:
@@ -166,7 +183,9 @@ def _measure(folder: Path | None, kind: str, options: Options) -> Row:
     environment = dict(os.environ)
     if folder is not None:
         environment["PUSA_BENCH_PACKAGE"] = str(folder)
-    given = {name: value for name, value in asdict(replace(options, out=None)).items() if value not in (None, (), False)}
+    given = {
+        name: value for name, value in asdict(replace(options, out=None)).items() if value not in (None, (), False)
+    }
     words = [sys.executable, "-m", "bench", kind, json.dumps(given)]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -186,7 +205,14 @@ def _last_line(text: str) -> str:
 
 def _show(recorder: Recorder, result: Row) -> None:
     lines = [
-        [row["name"], f"{1e3 * row['before_s']:.4g}", f"{1e3 * row['after_s']:.4g}", f"{row['ratio']:.3f}", f"{row['low']:.2f}-{row['high']:.2f}", row["verdict"]]
+        [
+            row["name"],
+            f"{1e3 * row['before_s']:.4g}",
+            f"{1e3 * row['after_s']:.4g}",
+            f"{row['ratio']:.3f}",
+            f"{row['low']:.2f}-{row['high']:.2f}",
+            row["verdict"],
+        ]
         for row in result["rows"]
     ]
     title = f"{result['kind']}: {result['before']} -> {result['after']}"

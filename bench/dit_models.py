@@ -37,7 +37,9 @@ class Case:
     text: Tensor
 
 
-def make_case(config: DiTConfig, grid: tuple[int, int, int], text: int, dtype: torch.dtype, device: torch.device) -> Case:
+def make_case(
+    config: DiTConfig, grid: tuple[int, int, int], text: int, dtype: torch.dtype, device: torch.device
+) -> Case:
     """Every frame at a level of its own, which is the most that our time network can be asked for."""
     frames, rows, columns = grid
     generator = torch.Generator(device).manual_seed(5)
@@ -116,7 +118,9 @@ def same_function(value: Tensor, expected: Tensor, what: str, dtype: torch.dtype
     """Raises AssertionError unless two implementations agree in half of the dtype's digits: no rounding errs by more."""
     error, bound = relative_error(value, expected), math.sqrt(torch.finfo(dtype).eps)
     if not error < bound:
-        raise AssertionError(f"{what} computes something else: relative error {error:.2e}, at most {bound:.1e} can be rounding")
+        raise AssertionError(
+            f"{what} computes something else: relative error {error:.2e}, at most {bound:.1e} can be rounding"
+        )
 
 
 def floor_call(dit: WanDiT, shape: Shape, text: int) -> Call:

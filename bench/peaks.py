@@ -70,7 +70,9 @@ def copy_bandwidth(device: torch.device, quick: bool = False) -> dict[str, Any]:
     numel = (1 << 28 if device.type == "cuda" else 1 << 25) >> (3 if quick else 0)
     source = torch.randn(numel, device=device)
     target = torch.empty_like(source)
-    seconds = measure({"copy": Run(lambda: target.copy_(source))}, device, _budget(quick), flush=CacheFlush(device, not quick))["copy"]
+    seconds = measure(
+        {"copy": Run(lambda: target.copy_(source))}, device, _budget(quick), flush=CacheFlush(device, not quick)
+    )["copy"]
     moved = 2 * source.numel() * source.element_size()
     found = spread(seconds)
     return {"gbps": round(moved / found["median"] / 1e9, 2), "bytes": moved, "seconds": found}
@@ -96,20 +98,31 @@ def _fp8_product(n: int, device: torch.device) -> Any:
         raise ValueError(f"no fp8 products on {device}: they need CUDA, compute capability 8.9 or later")
     a, b = (torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2))
     scale = torch.rand(n, 1, device=device) + 0.5
-    return lambda: torch._scaled_mm(a, b.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    return lambda: torch._scaled_mm(
+        a, b.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
 def attention_rate(shape: Shape, device: torch.device, quick: bool = False) -> float:
     """FLOP/s of the backend that `auto` takes, over all tokens of `shape`, bf16."""
-    q, k, v = (torch.randn(1, shape.tokens, shape.heads, shape.dim // shape.heads, device=device, dtype=torch.bfloat16) for _ in range(3))
-    seconds = measure({"attention": Run(lambda: attention(q, k, v))}, device, 2 * _budget(quick), min_rounds=3)["attention"]
+    q, k, v = (
+        torch.randn(1, shape.tokens, shape.heads, shape.dim // shape.heads, device=device, dtype=torch.bfloat16)
+        for _ in range(3)
+    )
+    seconds = measure({"attention": Run(lambda: attention(q, k, v))}, device, 2 * _budget(quick), min_rounds=3)[
+        "attention"
+    ]
     return attention_flops(shape.tokens, shape.tokens, shape.dim) / spread(seconds)["median"]
 
 
 def measure_peaks(device: torch.device, quick: bool = False) -> dict[str, Any]:
     """Copy bandwidth and the product rates that this device has."""
     found: dict[str, Any] = {"copy": copy_bandwidth(device, quick)}
-    dtypes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn} if device.type == "cuda" else {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = (
+        {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+        if device.type == "cuda"
+        else {"fp32": torch.float32, "bf16": torch.bfloat16}
+    )
     for name, dtype in dtypes.items():
         try:
             found[f"product_{name}"] = product_rate(device, dtype, quick)

@@ -162,7 +162,9 @@ def check(op: Op, run: Run, t: Drawn, expected: list[Truth]) -> dict[str, float]
     closest = {"error": 0.0, "budget": 1.0}
     for truth, at, error, budget in _errors(op, outputs, t, expected):
         if not error <= budget:
-            raise AssertionError(f"output {at}, frame {truth.frame}: largest error {error:.3e} exceeds the budget {budget:.3e}")
+            raise AssertionError(
+                f"output {at}, frame {truth.frame}: largest error {error:.3e} exceeds the budget {budget:.3e}"
+            )
         if error * closest["budget"] >= closest["error"] * budget:
             closest = {"error": error, "budget": budget}
     return closest
@@ -180,7 +182,9 @@ def _errors(op: Op, outputs: Outputs, t: Drawn, expected: list[Truth]) -> Iterat
 
 def _poison(t: Drawn) -> None:
     """Leave NaN in the memory that outputs are likely to get, so that what a kernel does not write shows."""
-    held: list[Tensor] = [torch.full((t.shape.tokens, t.shape.dim), torch.nan, dtype=t.dtype, device=t.device) for _ in range(3)]
+    held: list[Tensor] = [
+        torch.full((t.shape.tokens, t.shape.dim), torch.nan, dtype=t.dtype, device=t.device) for _ in range(3)
+    ]
     held.clear()
 
 

@@ -67,7 +67,9 @@ class _Block(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(config.dim, config.eps, elementwise_affine=False) for _ in range(2))
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
         self.self_attn, self.cross_attn = _Attention(config), _Attention(config)
-        self.ffn = nn.Sequential(nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
 
     def forward(self, x: Tensor, context: Tensor, t_mod_B6ND: Tensor, freqs: Tensor) -> Tensor:
         table = self.modulation[:, :, None].to(t_mod_B6ND.dtype) + t_mod_B6ND

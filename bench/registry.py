@@ -128,7 +128,9 @@ def draw(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> T
 class Drawn(dict[str, Any]):
     """`Inputs` of one shape and dtype, each tensor drawn when first asked for; q and k are contiguous copies of qkv's."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, given: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, given: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__({"grid": shape.grid, **(given or {})})
         self.shape, self.dtype, self.device = shape, dtype, device
 
@@ -227,12 +229,20 @@ def modulation(t: Inputs, kind: str) -> dict[str, Tensor]:
     """The rows of K1 or K5 as the transformer passes them: views of the frame table, and the block's own rows beside."""
     m, base = t["t_mod"], t["base"]
     shift, scale = {"K1": (0, 1), "K5": (3, 4)}[kind]
-    return {"scale": m[:, :, scale], "shift": m[:, :, shift], "scale_base": base[scale], "shift_base": base[shift], "eps": EPS}
+    return {
+        "scale": m[:, :, scale],
+        "shift": m[:, :, shift],
+        "scale_base": base[scale],
+        "shift_base": base[shift],
+        "eps": EPS,
+    }
 
 
 def k1(impl: Any, t: Inputs) -> Outputs:
     """The last residual of the block before (gate 5), then the norm of self-attention."""
-    out: Outputs = impl.residual_norm(t["x"], t["y"], t["t_mod"][:, :, 5], gate_base=t["base"][5], **modulation(t, "K1"))
+    out: Outputs = impl.residual_norm(
+        t["x"], t["y"], t["t_mod"][:, :, 5], gate_base=t["base"][5], **modulation(t, "K1")
+    )
     return out
 
 

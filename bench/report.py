@@ -19,7 +19,14 @@ from bench.registry import FILES, OPS
 Row = dict[str, Any]
 Results = list[Row]
 
-DOCUMENTS = ("README.md", "kernels/README.md", "bench/README.md", "docs/performance.md", "docs/numerics.md", "docs/training.md")
+DOCUMENTS = (
+    "README.md",
+    "kernels/README.md",
+    "bench/README.md",
+    "docs/performance.md",
+    "docs/numerics.md",
+    "docs/training.md",
+)
 AHEAD_OF_TIME = "ahead_of_time.json"
 _MARKER = re.compile(r"<!-- (?P<close>/?)bench:(?P<name>[a-z0-9_-]+) -->")
 
@@ -62,7 +69,9 @@ def render(text: str, results: Results, registers: list[Row], where: str) -> str
         if name not in TABLES:
             raise ValueError(f"{where}: there is no table bench:{name}: choose from {', '.join(TABLES)}")
         if closing != bool(opened) or (closing and name != opened):
-            raise ValueError(f"{where}: <!-- bench:{opened or name} --> and <!-- /bench:{opened or name} --> do not match")
+            raise ValueError(
+                f"{where}: <!-- bench:{opened or name} --> and <!-- /bench:{opened or name} --> do not match"
+            )
         if closing:
             out.append(f"\n{TABLES[name](results, registers).strip()}\n{marker.group()}")
             opened = ""
@@ -98,7 +107,10 @@ def _sections(results: Results, kind: str, table: Callable[[Row], str]) -> str:
     for result in latest(results, kind):
         note = "" if result.get("complete") else " Incomplete: the run was cut short."
         parts.append(f"{title(result['card'])}.{note}\n\n{table(result)}")
-    return "\n\n".join(parts) or f"No results yet: `pusa-fast bench {kind} --out bench/results/{kind}.json`, then `pusa-fast bench report`."
+    return (
+        "\n\n".join(parts)
+        or f"No results yet: `pusa-fast bench {kind} --out bench/results/{kind}.json`, then `pusa-fast bench report`."
+    )
 
 
 def _times(value: float | None) -> str:
@@ -121,7 +133,14 @@ def _ops_table(result: Row) -> str:
             *(_times(row.get(f"over_{other}")) for other in _OTHERS),
         ]
         if row["status"] == "ok"
-        else [f"`{row['op']}`", f"{row['shape']} {row['dtype']}", f"{row['status']}: {row['reason']}", "", "", *("" for _ in _OTHERS)]
+        else [
+            f"`{row['op']}`",
+            f"{row['shape']} {row['dtype']}",
+            f"{row['status']}: {row['reason']}",
+            "",
+            "",
+            *("" for _ in _OTHERS),
+        ]
         for row in result["rows"]
         if row["provider"] == "pusa" and row["status"] != "skipped"
     ]
@@ -142,7 +161,9 @@ def _attention_table(result: Row) -> str:
             f"{row['kind']} {row['direction']}",
             f"{row['shape']} {row['dtype']}",
             row["provider"] + (" (lossy)" if row.get("lossy") else ""),
-            f"{row['median_ms']:.4g} ({row['p20_ms']:.4g}-{row['p80_ms']:.4g})" if "tflops" in row else f"{row['status']}: {row['reason']}",
+            f"{row['median_ms']:.4g} ({row['p20_ms']:.4g}-{row['p80_ms']:.4g})"
+            if "tflops" in row
+            else f"{row['status']}: {row['reason']}",
             f"{row['tflops']:.3g}" if "tflops" in row else "",
             _times(row.get("over_sdpa")),
         ]
@@ -157,9 +178,21 @@ def _dit(results: Results, _: list[Row]) -> str:
 
 
 def _dit_cpu(result: Row) -> str:
-    columns = ("dtype", "faster than diffusers per token", "than its scalar forward", "time over products and attention", "peak memory over diffusers'")
+    columns = (
+        "dtype",
+        "faster than diffusers per token",
+        "than its scalar forward",
+        "time over products and attention",
+        "peak memory over diffusers'",
+    )
     rows = [
-        [dtype, *(f"{found[key]:.2f}x" if key in found else "" for key in ("speedup", "speedup_scalar", "x_floor", "peak_ratio"))]
+        [
+            dtype,
+            *(
+                f"{found[key]:.2f}x" if key in found else ""
+                for key in ("speedup", "speedup_scalar", "x_floor", "peak_ratio")
+            ),
+        ]
         for dtype in ("fp32", "bf16")
         if (found := result.get(dtype))
     ]
@@ -187,7 +220,14 @@ def _vae(results: Results, _: list[Row]) -> str:
 
 
 def _vae_cpu(result: Row) -> str:
-    columns = ("", "faster than diffusers", "time over bare convolutions", "over those with weights laid out before", "peak memory over diffusers'", "ms a frame")
+    columns = (
+        "",
+        "faster than diffusers",
+        "time over bare convolutions",
+        "over those with weights laid out before",
+        "peak memory over diffusers'",
+        "ms a frame",
+    )
     rows = [
         [
             f"{direction} {dtype}",
@@ -205,13 +245,28 @@ def _vae_cpu(result: Row) -> str:
 
 def _vae_rows(result: Row) -> str:
     """Every way to run it: time, memory, and how far its pixels are from those of the whole clip and of diffusers."""
-    columns = ("", "how", "ms (p20-p80)", "ms a frame", "peak MiB", "predicted peak", "PSNR to whole, dB", "to diffusers, dB", "seam")
+    columns = (
+        "",
+        "how",
+        "ms (p20-p80)",
+        "ms a frame",
+        "peak MiB",
+        "predicted peak",
+        "PSNR to whole, dB",
+        "to diffusers, dB",
+        "seam",
+    )
     rows = [
         [
             f"{row['direction']} {row['shape']} {row['dtype']}",
             row["provider"],
-            f"{row['median_ms']:.4g} ({row['p20_ms']:.4g}-{row['p80_ms']:.4g})" if "median_ms" in row else f"{row['status']}: {row['reason']}",
-            *(f"{row[key]:.4g}" if key in row else "" for key in ("ms_per_frame", "peak_mib", "predicted_mib", "psnr_pusa_db", "psnr_diffusers_db", "seam")),
+            f"{row['median_ms']:.4g} ({row['p20_ms']:.4g}-{row['p80_ms']:.4g})"
+            if "median_ms" in row
+            else f"{row['status']}: {row['reason']}",
+            *(
+                f"{row[key]:.4g}" if key in row else ""
+                for key in ("ms_per_frame", "peak_mib", "predicted_mib", "psnr_pusa_db", "psnr_diffusers_db", "seam")
+            ),
         ]
         for row in result["rows"]
         if row["status"] in ("ok", "failed")
@@ -226,7 +281,12 @@ def _e2e(results: Results, _: list[Row]) -> str:
 def _e2e_table(result: Row) -> str:
     stages = list(dict.fromkeys(stage for row in result["runs"] for stage in row.get("stages_s", ())))
     rows = [
-        [row["run"], *(f"{row['stages_s'][stage]:.4g}" if stage in row["stages_s"] else "" for stage in stages), f"{row['total_s']:.4g}", f"{row['peak_gib']:.3g}"]
+        [
+            row["run"],
+            *(f"{row['stages_s'][stage]:.4g}" if stage in row["stages_s"] else "" for stage in stages),
+            f"{row['total_s']:.4g}",
+            f"{row['peak_gib']:.3g}",
+        ]
         if row["status"] == "ok"
         else [row["run"], *("" for _ in stages), f"{row['status']}: {row['reason']}", ""]
         for row in result["runs"]
@@ -236,7 +296,9 @@ def _e2e_table(result: Row) -> str:
     forward = result.get("forward")
     if forward:
         own = forward["seconds"]
-        text += f"\n\nOne forward of {forward['tokens']} tokens: {own['median']:.4g} s ({own['p20']:.4g}-{own['p80']:.4g})"
+        text += (
+            f"\n\nOne forward of {forward['tokens']} tokens: {own['median']:.4g} s ({own['p20']:.4g}-{own['p80']:.4g})"
+        )
         if "roofline_s" in forward:
             text += f", {forward['x_roofline']:.2f} times the {forward['roofline_s']['total']:.4g} s of the rates measured in that run"
         text += "."
@@ -251,10 +313,22 @@ def _kernels(results: Results, _: list[Row]) -> str:
         near = [
             f"{row['percent_of_copy']:.0f} %"
             for row in (gpus[0]["rows"] if gpus else ())
-            if row["op"] == op.name and row["provider"] == "pusa" and row["shape"] == "14b-480p" and "percent_of_copy" in row
+            if row["op"] == op.name
+            and row["provider"] == "pusa"
+            and row["shape"] == "14b-480p"
+            and "percent_of_copy" in row
         ]
         moves = " + ".join(f"{count:g} {unit}" for unit, count in op.moves.items())
-        rows.append([f"`{op.name}`", op.kernel, op.formula, moves, FILES[op.kernel.split()[0]], near[0] if near else "not measured"])
+        rows.append(
+            [
+                f"`{op.name}`",
+                op.kernel,
+                op.formula,
+                moves,
+                FILES[op.kernel.split()[0]],
+                near[0] if near else "not measured",
+            ]
+        )
     foot = f"Measured on {title(gpus[0]['card'])}." if gpus else "No GPU has measured these yet."
     return f"{markdown(('op', 'kernel', 'formula', 'one pass moves', 'file', 'of copy bandwidth, 14B 480p'), rows)}\n\n{foot}"
 
@@ -307,6 +381,8 @@ def _numerics_table(result: Row) -> str:
 
 
 _SHOWN_MODELS = ("14B", "VAE 96 bfloat16")
+
+
 def _train(results: Results, _: list[Row]) -> str:
     return _sections(results, "train", lambda result: (_train_cuda if result["card"]["gpu"] else _train_cpu)(result))
 
@@ -324,7 +400,14 @@ def _train_cpu(result: Row) -> str:
 
 def _train_cuda(result: Row) -> str:
     own = result["seconds"]
-    cells = [result["size"], str(result["layers"]), str(result["rank"]), f"{own['median']:.2f}", f"{result['peak_gib']:.4g}", f"{result['planned_gib']:.4g}"]
+    cells = [
+        result["size"],
+        str(result["layers"]),
+        str(result["rank"]),
+        f"{own['median']:.2f}",
+        f"{result['peak_gib']:.4g}",
+        f"{result['planned_gib']:.4g}",
+    ]
     columns = ("clip", "blocks", "rank", "s a step", "peak GiB", "planned GiB", "MFU")
     return f"14B shapes, random weights, one clip of 81 frames a step.\n\n{markdown(columns, [[*cells, str(result['mfu'])]])}"
 

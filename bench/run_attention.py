@@ -32,9 +32,13 @@ _SMALL = 200  # tokens of the case whose gradients it looks at, no multiple of a
 
 def run(options: Options, recorder: Recorder) -> None:
     device = recorder.device
-    shapes = choose("shape", options.shapes, list(SHAPES), (QUICK_SHAPES if options.quick else DEFAULT_SHAPES)[device.type])
+    shapes = choose(
+        "shape", options.shapes, list(SHAPES), (QUICK_SHAPES if options.quick else DEFAULT_SHAPES)[device.type]
+    )
     dtypes = choose("dtype", options.dtypes, list(DTYPES), DEFAULT_DTYPES[device.type])
-    names = choose("provider", options.providers, list(backends.BACKENDS), [n for n, b in backends.BACKENDS.items() if b.exact])
+    names = choose(
+        "provider", options.providers, list(backends.BACKENDS), [n for n, b in backends.BACKENDS.items() if b.exact]
+    )
     recorder.working_on("copy bandwidth and product rates")
     peaks = measure_peaks(device, options.quick)
     rows: list[Row] = []
@@ -46,7 +50,10 @@ def run(options: Options, recorder: Recorder) -> None:
                 for backward in (False, True):
                     case = Case(SHAPES[shape], dtype, kind, backward, device, options.quick)
                     if recorder.out_of_time:
-                        rows += [{**case.row, "provider": name, "status": "skipped", "reason": "out of time (--seconds)"} for name in names]
+                        rows += [
+                            {**case.row, "provider": name, "status": "skipped", "reason": "out of time (--seconds)"}
+                            for name in names
+                        ]
                         continue
                     recorder.working_on(f"{kind} attention, {shape}, {dtype}, {case.row['direction']}")
                     rows += _measure_case(case, names, flush, peaks)
@@ -60,7 +67,13 @@ class Case:
 
     def __init__(self, shape: Shape, dtype: str, kind: str, backward: bool, device: torch.device, quick: bool) -> None:
         keys = shape.tokens if kind == "self" else TEXT_TOKENS
-        self.head_dim, self.dtype, self.device, self.backward, self.quick = shape.dim // shape.heads, DTYPES[dtype], device, backward, quick
+        self.head_dim, self.dtype, self.device, self.backward, self.quick = (
+            shape.dim // shape.heads,
+            DTYPES[dtype],
+            device,
+            backward,
+            quick,
+        )
         self.qkv, self.grad = _draw(shape.tokens, keys, shape.heads, self.head_dim, self.dtype, device)
         small = min(_SMALL, keys)
         self.small, self.small_grad = _draw(small, small, 2, self.head_dim, self.dtype, device)
@@ -71,7 +84,9 @@ class Case:
         }  # fmt: skip
 
 
-def _draw(queries: int, keys: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[QKV, Tensor]:
+def _draw(
+    queries: int, keys: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[QKV, Tensor]:
     generator = torch.Generator(device).manual_seed(queries)
 
     def one(length: int) -> Tensor:
@@ -107,7 +122,13 @@ def _figures(name: str, case: Case, seconds: dict[str, list[float]], peaks: dict
         return {}
     own = spread(seconds[name], unit=1e3)
     tflops = case.flops / (own["median"] * 1e-3) / 1e12
-    found: Row = {"median_ms": own["median"], "p20_ms": own["p20"], "p80_ms": own["p80"], "n": own["n"], "tflops": significant(tflops)}
+    found: Row = {
+        "median_ms": own["median"],
+        "p20_ms": own["p20"],
+        "p80_ms": own["p80"],
+        "n": own["n"],
+        "tflops": significant(tflops),
+    }
     peak = peaks.get(f"product_{case.row['dtype']}", {}).get("tflops")
     if peak:
         found["percent_of_product"] = significant(100 * tflops / peak, 3)
@@ -142,7 +163,10 @@ def check(name: str, case: Case) -> None:
         with torch.enable_grad():
             out = backends.attention(leaf, k, v, name)
             value = torch.autograd.grad(out, leaf, case.grad)[0][:, at]
-            oracle, low = (_gradient(_plain, tuple(t.to(d) for t in sample), case.grad[:, at].to(d))[0] for d in (torch.float64, case.dtype))
+            oracle, low = (
+                _gradient(_plain, tuple(t.to(d) for t in sample), case.grad[:, at].to(d))[0]
+                for d in (torch.float64, case.dtype)
+            )
         assert_within_budget(value, low, oracle, "dq of sampled rows")
     else:
         value = _forward(name, case.qkv)[:, at]

@@ -26,19 +26,26 @@ from pusa_fast import DiTConfig
 Row = dict[str, Any]
 
 # The aims on a CPU, at "1.3b-2k" with two blocks and 512 text tokens.
-TARGETS = {"fp32": {"speedup": 1.5, "speedup_scalar": 1.0, "x_floor": 1.3}, "bf16": {"speedup": 1.3, "speedup_scalar": 1.0, "x_floor": 1.3}}
+TARGETS = {
+    "fp32": {"speedup": 1.5, "speedup_scalar": 1.0, "x_floor": 1.3},
+    "bf16": {"speedup": 1.3, "speedup_scalar": 1.0, "x_floor": 1.3},
+}
 LAYERS = 40
 DEPTHS = (2, 4)
 
 
 def run(options: Options, recorder: Recorder) -> None:
-    recorder.save(note="forwards with one timestep per frame; diffusers gets the same per token, or one for all (scalar)")
+    recorder.save(
+        note="forwards with one timestep per frame; diffusers gets the same per token, or one for all (scalar)"
+    )
     (_run_cuda if recorder.device.type == "cuda" else _run_cpu)(options, recorder)
 
 
 def _say_what_is_missing(recorder: Recorder) -> None:
     if importlib.util.find_spec("diffusers") is None:
-        recorder.note("diffusers is not installed (pip install diffusers): only our own model and the floor are measured")
+        recorder.note(
+            "diffusers is not installed (pip install diffusers): only our own model and the floor are measured"
+        )
 
 
 def _config(shape: Shape, layers: int) -> DiTConfig:
@@ -78,7 +85,10 @@ def _compare_cpu(config: DiTConfig, shape: Shape, text: int, dtype: str, quick: 
     runs = {name: Run(call) for name, call in forwards.items()}
     seconds = measure(runs, device, 0.5 if quick else 60.0, min_rounds=3 if quick else 7, max_rounds=25, warmup=1)
     peaks = {name: peak_bytes(call, device) for name, call in forwards.items() if name != "floor"}
-    found: Row = {"x_floor": ratio(seconds["pusa"], seconds["floor"]), "x_floor_prepared": ratio(seconds["pusa prepared"], seconds["floor"])}
+    found: Row = {
+        "x_floor": ratio(seconds["pusa"], seconds["floor"]),
+        "x_floor_prepared": ratio(seconds["pusa prepared"], seconds["floor"]),
+    }
     if theirs is not None:
         found = {
             "speedup": ratio(seconds["diffusers per-token"], seconds["pusa"]),
@@ -109,10 +119,19 @@ def meets(dtype: str, found: Row) -> dict[str, bool]:
 
 def _show_cpu(recorder: Recorder, dtype: str, found: Row) -> None:
     lines = [
-        [name, f"{own['median']:.3f}", f"{own['p20']:.3f}-{own['p80']:.3f}", f"{found['peak_mib'][name]:.0f}" if name in found["peak_mib"] else ""]
+        [
+            name,
+            f"{own['median']:.3f}",
+            f"{own['p20']:.3f}-{own['p80']:.3f}",
+            f"{found['peak_mib'][name]:.0f}" if name in found["peak_mib"] else "",
+        ]
         for name, own in found["seconds"].items()
     ]
-    ratios = ", ".join(f"{name} {found[name]}" for name in ("speedup", "speedup_scalar", "x_floor", "x_floor_prepared") if name in found)
+    ratios = ", ".join(
+        f"{name} {found[name]}"
+        for name in ("speedup", "speedup_scalar", "x_floor", "x_floor_prepared")
+        if name in found
+    )
     recorder.table(f"{dtype}: {ratios}", ("forward", "s", "p20-p80", "peak MiB"), lines)
 
 
@@ -149,7 +168,9 @@ def _compare_cuda(shape: Shape, options: Options, recorder: Recorder, peaks: Row
     variants: dict[str, tuple[Any, Callable[[], Any]]] = {"floor": (dit, floor_call(dit, shape, TEXT_TOKENS))}
     for suffix in ("",) if options.quick else ("", ", compiled"):
         a, b = (dit, theirs) if not suffix else (_compiled(dit), _compiled(theirs))
-        variants |= {f"{name}{suffix}": (a if name.startswith("pusa") else b, call) for name, call in calls(a, b, case).items()}
+        variants |= {
+            f"{name}{suffix}": (a if name.startswith("pusa") else b, call) for name, call in calls(a, b, case).items()
+        }
     rows: dict[str, Row] = {}
     runs: dict[str, Run] = {}
     for name, (model, call) in variants.items():
@@ -171,7 +192,14 @@ def _compare_cuda(shape: Shape, options: Options, recorder: Recorder, peaks: Row
             row |= scaled(seconds, name)
     attend = attention_rate(shape, device)
     floors = floor_seconds(shape, LAYERS, peaks["product_bf16"]["tflops"] * 1e12, attend, peaks["copy"]["gbps"] * 1e9)
-    rows["roofline"] = {"shape": shape.name, "dtype": "bf16", "provider": "roofline", "status": "ok", "forward_s": significant(floors["total"]), "parts": floors}
+    rows["roofline"] = {
+        "shape": shape.name,
+        "dtype": "bf16",
+        "provider": "roofline",
+        "status": "ok",
+        "forward_s": significant(floors["total"]),
+        "parts": floors,
+    }
     return list(rows.values())
 
 
@@ -211,7 +239,11 @@ def _headline(rows: list[Row]) -> Row:
         "x_floor": ("pusa", "floor"),
         "x_roofline": ("pusa", "roofline"),
     }
-    found = {name: significant(forward[over] / forward[under]) for name, (over, under) in pairs.items() if {over, under} <= forward.keys()}
+    found = {
+        name: significant(forward[over] / forward[under])
+        for name, (over, under) in pairs.items()
+        if {over, under} <= forward.keys()
+    }
     return {**found, "shape": rows[0]["shape"], "forward_s": forward}
 
 

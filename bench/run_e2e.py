@@ -41,7 +41,11 @@ def run(options: Options, recorder: Recorder) -> None:
     recorder.save(**plan)
     recorder.working_on(f"loading {plan['model']}")
     start = time.perf_counter()
-    pipe = _random(plan["model"], recorder.device, options) if options.random_weights else _stored(plan["model"], recorder.device, options)
+    pipe = (
+        _random(plan["model"], recorder.device, options)
+        if options.random_weights
+        else _stored(plan["model"], recorder.device, options)
+    )
     peaks = measure_peaks(recorder.device, options.quick) if recorder.device.type == "cuda" else None
     recorder.save(load_s=significant(time.perf_counter() - start), peaks=peaks, runs=[])
     for label in ("cold", "warm"):
@@ -66,9 +70,15 @@ def _plan(options: Options, device: torch.device) -> Row:
     if steps < 1:
         raise ValueError(f"--steps must be at least 1, got {steps}")
     if options.random_weights:
-        names = [name for name, config in MODELS.items() if isinstance(config, DiTConfig) and config.in_channels == VAEConfig().z_dim]
+        names = [
+            name
+            for name, config in MODELS.items()
+            if isinstance(config, DiTConfig) and config.in_channels == VAEConfig().z_dim
+        ]
         if model not in names:
-            raise ValueError(f"--model {model} is no size that random weights can be made of: choose from {', '.join(names)}")
+            raise ValueError(
+                f"--model {model} is no size that random weights can be made of: choose from {', '.join(names)}"
+            )
         if device.type != "cuda":
             raise ValueError(f"--model {model} --random-weights needs a GPU of 80 GB: on the CPU run --model nano")
     elif model in MODELS:
@@ -124,7 +134,11 @@ def _fill(module: nn.Module) -> None:
 
 def _settings(pipe: Pipeline, plan: Row) -> dict[str, Any]:
     if plan["size"] is None:
-        return {"height": pipe.defaults["height"], "width": pipe.defaults["width"], "num_frames": pipe.defaults["num_frames"]}
+        return {
+            "height": pipe.defaults["height"],
+            "width": pipe.defaults["width"],
+            "num_frames": pipe.defaults["num_frames"],
+        }
     height, width = SIZES[plan["size"]]
     return {"height": height, "width": width, "num_frames": FRAMES}
 
@@ -147,7 +161,9 @@ def _forwards(pipe: Pipeline, plan: Row, recorder: Recorder, peaks: Row | None) 
     _check(dit.denoise(x, 0, state), x.shape)
     quick = recorder.result["quick"]
     budget = (0.3 if quick else 2.0) if device.type == "cpu" else 20.0
-    seconds = measure({"forward": Run(lambda: dit.denoise(x, 0, state))}, device, budget, CacheFlush(device, enabled=False), 3, 20, 0)["forward"]
+    seconds = measure(
+        {"forward": Run(lambda: dit.denoise(x, 0, state))}, device, budget, CacheFlush(device, enabled=False), 3, 20, 0
+    )["forward"]
     _, ph, pw = config.patch_size
     shape = Shape("forward", (F, h // ph, w // pw), config.dim, config.num_heads, config.ffn_dim)
     own = spread(seconds)
@@ -158,7 +174,9 @@ def _forwards(pipe: Pipeline, plan: Row, recorder: Recorder, peaks: Row | None) 
     }  # fmt: skip
     if peaks is not None:
         rate = attention_rate(shape, device, quick)
-        floor = floor_seconds(shape, config.num_layers, peaks["product_bf16"]["tflops"] * 1e12, rate, peaks["copy"]["gbps"] * 1e9)
+        floor = floor_seconds(
+            shape, config.num_layers, peaks["product_bf16"]["tflops"] * 1e12, rate, peaks["copy"]["gbps"] * 1e9
+        )
         found |= {
             "attention_tflops": significant(rate / 1e12),
             "roofline_s": {name: significant(value) for name, value in floor.items()},
@@ -175,7 +193,9 @@ def _end_to_end(pipe: Pipeline, plan: Row, quick: bool) -> Row:
     if pipe.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(pipe.device)
     if pipe.text_encoder is not None and not isinstance(pipe.text_encoder, _PlainText):
-        pipe.text_encoder = TextEncoder(pipe.text_encoder.model, pipe.text_encoder.tokenizer, pipe.text_encoder.text_len)  # forgets prompts
+        pipe.text_encoder = TextEncoder(
+            pipe.text_encoder.model, pipe.text_encoder.tokenizer, pipe.text_encoder.text_len
+        )  # forgets prompts
     first = torch.randint(0, 256, (size["height"], size["width"], 3), dtype=torch.uint8)
     conditions = [Condition(first, latent=0, noise=0.0)] if importlib.util.find_spec("av") else []
     with clock(pipe.device) as total:
@@ -192,12 +212,20 @@ def _end_to_end(pipe: Pipeline, plan: Row, quick: bool) -> Row:
         apart = encode()
         stages["encode"] += apart
     rounded = {name: significant(spent) for name, spent in stages.items()}
-    return {"status": "ok", "total_s": significant(total() + apart), "stages_s": rounded, "peak_gib": memory_gib(pipe.device), **size}
+    return {
+        "status": "ok",
+        "total_s": significant(total() + apart),
+        "stages_s": rounded,
+        "peak_gib": memory_gib(pipe.device),
+        **size,
+    }
 
 
 def _check(velocity: Tensor, shape: torch.Size) -> None:
     if velocity.shape != shape or not bool(velocity.isfinite().all()):
-        raise AssertionError(f"a forward gave {tuple(velocity.shape)} instead of {tuple(shape)}, or values that are not finite")
+        raise AssertionError(
+            f"a forward gave {tuple(velocity.shape)} instead of {tuple(shape)}, or values that are not finite"
+        )
 
 
 @contextlib.contextmanager
@@ -221,7 +249,9 @@ def memory_gib(device: torch.device) -> float:
 def _show(recorder: Recorder) -> None:
     found = recorder.result
     forward = found["forward"]
-    lines = [[f"forward ({forward['tokens']} tokens)", f"{forward['seconds']['median']:.4g}", f"{forward['peak_gib']:.3g}"]]
+    lines = [
+        [f"forward ({forward['tokens']} tokens)", f"{forward['seconds']['median']:.4g}", f"{forward['peak_gib']:.3g}"]
+    ]
     if "roofline_s" in forward:
         lines.append(["roofline of a forward", f"{forward['roofline_s']['total']:.4g}", ""])
     for row in found["runs"]:

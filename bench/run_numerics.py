@@ -79,11 +79,20 @@ def _compare(frames: Tensor, exact: Tensor) -> dict[str, float]:
     """PSNR, and what the oracle sees: does the object go the same way, and how far apart do the two end."""
     seen, wanted = sprites.measure(frames), sprites.measure(exact)
     apart = float((seen.centers[-1] - wanted.centers[-1]).norm().nan_to_num(32.0))
-    return {"psnr_db": _psnr(frames, exact), "same_direction": float(seen.direction == wanted.direction), "end_apart_px": apart}
+    return {
+        "psnr_db": _psnr(frames, exact),
+        "same_direction": float(seen.direction == wanted.direction),
+        "end_apart_px": apart,
+    }
 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {
+        "mean": statistics.fmean(values),
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+    }
 
 
 def _psnr(frames: Tensor, other: Tensor) -> float:

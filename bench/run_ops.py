@@ -23,7 +23,9 @@ Row = dict[str, Any]
 
 def run(options: Options, recorder: Recorder) -> None:
     device = recorder.device
-    shapes = choose("shape", options.shapes, list(SHAPES), (QUICK_SHAPES if options.quick else DEFAULT_SHAPES)[device.type])
+    shapes = choose(
+        "shape", options.shapes, list(SHAPES), (QUICK_SHAPES if options.quick else DEFAULT_SHAPES)[device.type]
+    )
     dtypes = choose("dtype", options.dtypes, list(DTYPES), DEFAULT_DTYPES[device.type])
     names = choose("op", options.ops, list(OPS), list(OPS))
     choose("provider", options.providers, providers.known_providers(), ())
@@ -40,7 +42,9 @@ def run(options: Options, recorder: Recorder) -> None:
                 recorder.save()
             inputs.clear()
             _release(device)
-            _show(recorder, [row for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)], peaks["copy"]["gbps"])
+            _show(
+                recorder, [row for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)], peaks["copy"]["gbps"]
+            )
 
 
 def _measure_op(

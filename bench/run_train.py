@@ -51,7 +51,9 @@ def _store(folder: Path, shape: tuple[int, ...], text: int, width: int, clips: i
     with StoreWriter(folder, about) as writer:
         for number in range(clips):
             rows = torch.randn(text // 2 + 1, width, generator=draw)
-            writer.add(str(number), torch.randn(shape, generator=draw), rows, source=f"random {number}", caption="random")
+            writer.add(
+                str(number), torch.randn(shape, generator=draw), rows, source=f"random {number}", caption="random"
+            )
     return LatentStore(folder)
 
 
@@ -97,8 +99,13 @@ def _run_cpu(options: Options, recorder: Recorder) -> None:
         if not options.quick:
             found["meets"] = {"speedup": found["speedup"] >= TARGET}
     recorder.save(batch=batch, rank=rank, tokens=flops.tokens(trainer.dit.config, (batch, 16, 5, 8, 8), 24), **found)
-    lines = [[n, f"{s['median']:.3f}", f"{s['p20']:.3f}-{s['p80']:.3f}", str(found["peak_mib"][n])] for n, s in found["seconds"].items()]
-    recorder.table(f"nano, a LoRA step: speedup {found.get('speedup')}", ("formulation", "s", "p20-p80", "peak MiB"), lines)
+    lines = [
+        [n, f"{s['median']:.3f}", f"{s['p20']:.3f}-{s['p80']:.3f}", str(found["peak_mib"][n])]
+        for n, s in found["seconds"].items()
+    ]
+    recorder.table(
+        f"nano, a LoRA step: speedup {found.get('speedup')}", ("formulation", "s", "p20-p80", "peak MiB"), lines
+    )
 
 
 def _reference_step(base: WanDiT, config: TrainConfig) -> tuple[nn.Module, Callable[[Batch], Tensor]]:
@@ -135,7 +142,11 @@ def reference_loss(model: Callable[..., Tensor], batch: Batch, shift: float) -> 
 def _same_gradients(trainer: Trainer, parts: list[Batch], model: nn.Module, step: Any) -> dict[str, float]:
     """Gives theirs our adapters' values; raises AssertionError unless loss and gradients agree."""
     ours = dict(_adapter_tensors(trainer))
-    theirs = {n.replace(".lora_A.default.weight", "/A").replace(".lora_B.default.weight", "/B"): p for n, p in model.named_parameters() if "lora_" in n}
+    theirs = {
+        n.replace(".lora_A.default.weight", "/A").replace(".lora_B.default.weight", "/B"): p
+        for n, p in model.named_parameters()
+        if "lora_" in n
+    }
     if ours.keys() != theirs.keys():
         raise AssertionError(f"adapters differ: {sorted(ours.keys() ^ theirs.keys())[:3]}")
     with torch.no_grad():
@@ -178,7 +189,9 @@ def _run_cuda(options: Options, recorder: Recorder) -> None:
         store = _store(Path(name) / "clips", shape, 512, dit_config.text_dim, 2)
         config = _config(store.folder, Path(name) / "run", 1, 512)
         plan = plan_step(config, dit_config, shape, 512, recorder.device)
-        trainer = Trainer(config, find_model("nano"), store, World(recorder.device), _random_dit(dit_config, recorder.device))
+        trainer = Trainer(
+            config, find_model("nano"), store, World(recorder.device), _random_dit(dit_config, recorder.device)
+        )
         steps = trainer.data.steps(0)
         rows = []
         for number in range(2 if options.quick else 6):
@@ -194,13 +207,24 @@ def _run_cuda(options: Options, recorder: Recorder) -> None:
         steps.close()
     seconds = [row["seconds"] for row in rows[1:]] or [rows[0]["seconds"]]
     work, peak = flops.training_step(config)(dit_config, (1, *shape), 512), metrics.peak_flops(recorder.device)
-    found = {"seconds": spread(seconds), "peak_gib": significant(torch.cuda.max_memory_allocated() / 2**30), "planned_gib": significant(plan.peak / 2**30)}
+    found = {
+        "seconds": spread(seconds),
+        "peak_gib": significant(torch.cuda.max_memory_allocated() / 2**30),
+        "planned_gib": significant(plan.peak / 2**30),
+    }
     found["mfu"] = significant(work / found["seconds"]["median"] / peak) if peak else None
     found["planned_seconds"] = {where: significant(value) for where, value in plan.seconds.items()}
     if not options.quick and size == "480p":
-        found["meets"] = {"seconds": found["seconds"]["median"] <= GPU_TARGETS["seconds"], "peak_gib": found["peak_gib"] <= GPU_TARGETS["peak_gib"]}
+        found["meets"] = {
+            "seconds": found["seconds"]["median"] <= GPU_TARGETS["seconds"],
+            "peak_gib": found["peak_gib"] <= GPU_TARGETS["peak_gib"],
+        }
     recorder.save(**found)
-    recorder.table(f"14B, {size}, rank 512", ("s a step", "peak GiB", "planned GiB", "MFU"), [[f"{found['seconds']['median']:.2f}", str(found["peak_gib"]), str(found["planned_gib"]), str(found["mfu"])]])
+    recorder.table(
+        f"14B, {size}, rank 512",
+        ("s a step", "peak GiB", "planned GiB", "MFU"),
+        [[f"{found['seconds']['median']:.2f}", str(found["peak_gib"]), str(found["planned_gib"]), str(found["mfu"])]],
+    )
 
 
 def _random_dit(config: DiTConfig, device: torch.device) -> WanDiT:

@@ -41,7 +41,10 @@ from pusa_fast import VAEConfig, WanVAE
 Row = dict[str, Any]
 
 # The aims on a CPU, for encode and decode alike; and of blending and finishing a tiled decode against the reference's torch code.
-TARGETS = {"fp32": {"speedup": 1.3, "x_floor": 1.25, "peak_ratio": 1.0}, "bf16": {"speedup": 1.6, "x_floor": 1.25, "peak_ratio": 1.0}}
+TARGETS = {
+    "fp32": {"speedup": 1.3, "x_floor": 1.25, "peak_ratio": 1.0},
+    "bf16": {"speedup": 1.6, "x_floor": 1.25, "peak_ratio": 1.0},
+}
 BLEND_TARGET = 10.0
 MIB = 2**20
 CPU_CLIP = Clip(17, 128, 224, tile=(12, 16), stride=(8, 12), chunks=(16 * MIB, 64 * MIB, 256 * MIB))
@@ -51,7 +54,9 @@ CUDA_CHUNKS = (512 * MIB, 2048 * MIB, 8192 * MIB)
 
 def run(options: Options, recorder: Recorder, config: VAEConfig | None = None) -> None:
     """`config`: of a smaller VAE, for tests; such a result holds no "meets"."""
-    recorder.save(note="encode: pixels to the normalised mean; decode: normalised latents to pixels clamped to [-1, 1]; batch 1")
+    recorder.save(
+        note="encode: pixels to the normalised mean; decode: normalised latents to pixels clamped to [-1, 1]; batch 1"
+    )
     if importlib.util.find_spec("diffusers") is None:
         recorder.note("diffusers is not installed (pip install diffusers): only our own VAE and the floor are measured")
     (_run_cuda if recorder.device.type == "cuda" else _run_cpu)(options, recorder, config)
@@ -60,7 +65,9 @@ def run(options: Options, recorder: Recorder, config: VAEConfig | None = None) -
 @torch.no_grad()
 def _run_cpu(options: Options, recorder: Recorder, config: VAEConfig | None) -> None:
     if options.size is not None:
-        raise ValueError(f"--size {options.size}: on the CPU bench vae measures {CPU_CLIP} only; sizes are for --device cuda")
+        raise ValueError(
+            f"--size {options.size}: on the CPU bench vae measures {CPU_CLIP} only; sizes are for --device cuda"
+        )
     clip = CPU_QUICK if options.quick else CPU_CLIP
     dtypes = model_dtypes(options, recorder)
     targets = {**TARGETS, "blend_speedup": BLEND_TARGET}
@@ -89,7 +96,9 @@ def _models(config: VAEConfig, dtype: str, device: torch.device) -> tuple[WanVAE
     return vae, theirs, {name: significant(error) for name, error in check(vae, theirs).items()}
 
 
-def _compare_cpu(vae: WanVAE, theirs: Any, clip: Clip, dtype: str, recorder: Recorder, quick: bool, promised: bool) -> None:
+def _compare_cpu(
+    vae: WanVAE, theirs: Any, clip: Clip, dtype: str, recorder: Recorder, quick: bool, promised: bool
+) -> None:
     """Both directions into the result, under the dtype's name."""
     found: Row = {}
     for direction in DIRECTIONS:
@@ -124,13 +133,19 @@ def _direction_cpu(vae: WanVAE, theirs: Any, direction: str, clip: Clip, device:
     return _figures(seconds, peaks, layers, clip, vae_variants.predicted_peak(vae, direction, x, None))
 
 
-def _figures(seconds: dict[str, list[float]], peaks: dict[str, int], layers: list[Layer], clip: Clip, predicted: int | None) -> Row:
+def _figures(
+    seconds: dict[str, list[float]], peaks: dict[str, int], layers: list[Layer], clip: Clip, predicted: int | None
+) -> Row:
     own = seconds["pusa"]
     found: Row = {"x_floor": ratio(own, seconds["floor"])}
     if "floor packed" in seconds:
         found["x_floor_packed"] = ratio(own, seconds["floor packed"])
     if "diffusers" in seconds:
-        found = {"speedup": ratio(seconds["diffusers"], own), **found, "peak_ratio": significant(peaks["pusa"] / peaks["diffusers"])}
+        found = {
+            "speedup": ratio(seconds["diffusers"], own),
+            **found,
+            "peak_ratio": significant(peaks["pusa"] / peaks["diffusers"]),
+        }
     if predicted is not None:
         found["predicted_over_measured_peak"] = significant(predicted / peaks["pusa"])
     spreads = {name: spread(values) for name, values in seconds.items()}
@@ -156,12 +171,22 @@ def meets(dtype: str, found: Row) -> dict[str, bool]:
 
 def _show_cpu(recorder: Recorder, dtype: str, found: Row) -> None:
     lines = [
-        [direction, name, f"{value['median']:.3f}", f"{value['p20']:.3f}-{value['p80']:.3f}", f"{own['ms_per_frame'][name]:.4g}", str(own['peak_mib'].get(name, ''))]
+        [
+            direction,
+            name,
+            f"{value['median']:.3f}",
+            f"{value['p20']:.3f}-{value['p80']:.3f}",
+            f"{own['ms_per_frame'][name]:.4g}",
+            str(own["peak_mib"].get(name, "")),
+        ]
         for direction, own in found.items()
         for name, value in own["seconds"].items()
     ]
     ratios = "; ".join(
-        f"{direction} " + ", ".join(f"{name} {own[name]}" for name in ("speedup", "x_floor", "x_floor_packed", "peak_ratio") if name in own)
+        f"{direction} "
+        + ", ".join(
+            f"{name} {own[name]}" for name in ("speedup", "x_floor", "x_floor_packed", "peak_ratio") if name in own
+        )
         for direction, own in found.items()
     )
     recorder.table(f"{dtype}: {ratios}", ("", "who", "s", "p20-p80", "ms a frame", "peak MiB"), lines)
@@ -206,14 +231,22 @@ def _blend(recorder: Recorder, quick: bool) -> None:
 
 @torch.no_grad()
 def _run_cuda(options: Options, recorder: Recorder, config: VAEConfig | None) -> None:
-    sizes = choose("size", (options.size,) if options.size else (), list(SIZES), ("480p",) if options.quick else ("480p", "720p"))
+    sizes = choose(
+        "size", (options.size,) if options.size else (), list(SIZES), ("480p",) if options.quick else ("480p", "720p")
+    )
     (dtype, *more) = choose("dtype", options.dtypes, list(DTYPES), DEFAULT_DTYPES["cuda"])
     if more:
         raise ValueError(f"--dtype {more[0]}: on a GPU bench vae measures one dtype a run, here {dtype}")
     recorder.working_on("models and gate")
     vae, theirs, errors = _models(config or VAEConfig(), dtype, recorder.device)
     rows: list[Row] = []
-    recorder.save(size=options.size, frames=17 if options.quick else FRAMES, base_dim=vae.config.base_dim, relative_error={dtype: errors}, rows=rows)
+    recorder.save(
+        size=options.size,
+        frames=17 if options.quick else FRAMES,
+        base_dim=vae.config.base_dim,
+        relative_error={dtype: errors},
+        rows=rows,
+    )
     for size in sizes:
         clip = Clip(17 if options.quick else FRAMES, *SIZES[size], chunks=() if options.quick else CUDA_CHUNKS)
         for direction in DIRECTIONS:
@@ -223,7 +256,9 @@ def _run_cuda(options: Options, recorder: Recorder, config: VAEConfig | None) ->
                 continue
             recorder.working_on(f"{direction} of {clip}, {dtype}")
             candidates = _candidates_cuda(vae, theirs, direction, clip)
-            found = vae_variants.compare(candidates, clip, recorder.device, 10.0, min_rounds=3, max_rounds=3 if options.quick else 10)
+            found = vae_variants.compare(
+                candidates, clip, recorder.device, 10.0, min_rounds=3, max_rounds=3 if options.quick else 10
+            )
             rows += [{**common, **row} for row in found]
             recorder.save()
             _show_rows(recorder, f"{direction} of {clip}, {dtype}", rows[-len(found) :])
@@ -235,11 +270,18 @@ def _candidates_cuda(vae: WanVAE, theirs: Any, direction: str, clip: Clip) -> li
     x = make_input(vae, direction, clip)
     found = []
     if theirs is not None:
-        tiled = Candidate("diffusers tiled", their_call(theirs, vae.config, direction, x, tiled=True), approximate=True, instead_of="diffusers")
+        tiled = Candidate(
+            "diffusers tiled",
+            their_call(theirs, vae.config, direction, x, tiled=True),
+            approximate=True,
+            instead_of="diffusers",
+        )
         found += [Candidate("diffusers", their_call(theirs, vae.config, direction, x)), tiled]
     found += [vae_variants.whole(vae, direction, x), *_own_variants(vae, direction, x, clip)]
     layers = conv_layers(vae, direction, clip)
-    ready = functools.cache(lambda: floor_call(layers))  # made at the first call, which is not timed: not while the others need the memory
+    ready = functools.cache(
+        lambda: floor_call(layers)
+    )  # made at the first call, which is not timed: not while the others need the memory
     return [*found, Candidate("floor", lambda: ready()())]
 
 
@@ -248,15 +290,29 @@ def _headline(rows: list[Row]) -> Row:
     found: Row = {}
     for row in rows:
         if row["provider"] == "pusa" and row["direction"] not in found and row["status"] == "ok":
-            ratios = {name: significant(1 / row[key], 4) for name, key in (("speedup", "over_diffusers"),) if key in row}
-            found[row["direction"]] = {"shape": row["shape"], **ratios, **({"x_floor": row["over_floor"]} if "over_floor" in row else {}), "ms_per_frame": row["ms_per_frame"]}
+            ratios = {
+                name: significant(1 / row[key], 4) for name, key in (("speedup", "over_diffusers"),) if key in row
+            }
+            found[row["direction"]] = {
+                "shape": row["shape"],
+                **ratios,
+                **({"x_floor": row["over_floor"]} if "over_floor" in row else {}),
+                "ms_per_frame": row["ms_per_frame"],
+            }
     return found
 
 
 def _show_rows(recorder: Recorder, title: str, rows: list[Row]) -> None:
     keys = ("median_ms", "ms_per_frame", "peak_mib", "psnr_pusa_db", "psnr_diffusers_db", "seam")
     lines = [
-        [row.get("direction", ""), row["provider"], *(f"{row[key]:.5g}" if key in row else "" for key in keys), row.get("reason", "")]
+        [
+            row.get("direction", ""),
+            row["provider"],
+            *(f"{row[key]:.5g}" if key in row else "" for key in keys),
+            row.get("reason", ""),
+        ]
         for row in rows
     ]
-    recorder.table(title, ("", "how", "ms", "ms a frame", "peak MiB", "PSNR to whole", "to diffusers", "seam", ""), lines)
+    recorder.table(
+        title, ("", "how", "ms", "ms a frame", "peak MiB", "PSNR to whole", "to diffusers", "seam", ""), lines
+    )

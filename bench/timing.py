@@ -48,7 +48,7 @@ def flush_bytes(device: torch.device) -> int:
 
 
 def _parse_size(text: str) -> int:
-    """"32K" -> 32768, as the kernel writes cache sizes."""
+    """ "32K" -> 32768, as the kernel writes cache sizes."""
     text = text.strip()
     unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
     return int(text.rstrip("KMG")) * unit

@@ -59,7 +59,9 @@ def our_model(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> Wa
         for name, parameter in vae.named_parameters():
             if name.endswith(("bias", "gamma")):
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-            elif name != "decoder.head.2.weight":  # there it would drive a part of the pixels into the clamp, which hides errors
+            elif (
+                name != "decoder.head.2.weight"
+            ):  # there it would drive a part of the pixels into the clamp, which hides errors
                 parameter.mul_(math.sqrt(3))
     return vae.to(dtype).eval().requires_grad_(False)
 
@@ -74,7 +76,10 @@ def their_model(vae: WanVAE) -> Any:
             base_dim=c.base_dim, z_dim=c.z_dim, dim_mult=list(c.dim_mult), num_res_blocks=c.num_res_blocks,
             temperal_downsample=list(c.temporal_downsample), latents_mean=list(c.latents_mean), latents_std=list(c.latents_std),
         )  # fmt: skip
-    own = {keymap.vae_to_diffusers(name, len(c.dim_mult), c.num_res_blocks): tensor.clone() for name, tensor in vae.state_dict().items()}
+    own = {
+        keymap.vae_to_diffusers(name, len(c.dim_mult), c.num_res_blocks): tensor.clone()
+        for name, tensor in vae.state_dict().items()
+    }
     model.load_state_dict(own, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -97,7 +102,10 @@ def input_shape(config: VAEConfig, direction: str, clip: Clip) -> tuple[int, ...
 
 def statistics(config: VAEConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Mean and standard deviation of the latents, [1, C, 1, 1, 1]."""
-    return [torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std)]
+    return [
+        torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1, 1)
+        for values in (config.latents_mean, config.latents_std)
+    ]
 
 
 def our_call(vae: WanVAE, direction: str, x: Tensor, tiling: Any = None) -> Call:
@@ -212,7 +220,11 @@ def conv_layers(vae: WanVAE, direction: str, clip: Clip) -> list[Layer]:
         twin = WanVAE(vae.config).eval().requires_grad_(False)
     own = dict(vae.named_modules())
     half = {"encode": ("encoder", "conv1"), "decode": ("decoder", "conv2")}[direction]
-    names = [name for name, module in twin.named_modules() if isinstance(module, (nn.Conv2d, nn.Conv3d)) and name.split(".")[0] in half]
+    names = [
+        name
+        for name, module in twin.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and name.split(".")[0] in half
+    ]
     layers: list[Layer] = []
     called: set[str] = set()
 
@@ -242,8 +254,14 @@ def floor_call(layers: Sequence[Layer], packed: bool = False) -> Call:
     """
     weight = layers[0].module.weight
     packed = packed and can_add(weight.device, weight.dtype)  # oneDNN has bf16 on some CPUs only
-    room = torch.randn(max(math.prod(size) for layer in layers for size in layer.pieces()), device=weight.device).to(weight.dtype)
-    work = [(_packed if packed else _plain)(layer, _channels_last(room, size)) for layer in layers for size in layer.pieces()]
+    room = torch.randn(max(math.prod(size) for layer in layers for size in layer.pieces()), device=weight.device).to(
+        weight.dtype
+    )
+    work = [
+        (_packed if packed else _plain)(layer, _channels_last(room, size))
+        for layer in layers
+        for size in layer.pieces()
+    ]
 
     def call() -> None:
         for convolution in work:

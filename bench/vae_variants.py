@@ -59,7 +59,13 @@ def tilings(vae: WanVAE, direction: str, x: Tensor, clip: Clip) -> Iterator[Cand
             yield Candidate(name, reason=str(error))
             continue
         predicted = predicted_peak(vae, direction, x, tiling)
-        yield Candidate(name, our_call(vae, direction, x, tiling), approximate=mode == "feather", lines=(rows, columns), predicted=predicted)
+        yield Candidate(
+            name,
+            our_call(vae, direction, x, tiling),
+            approximate=mode == "feather",
+            lines=(rows, columns),
+            predicted=predicted,
+        )
 
 
 def chunk_sizes(vae: WanVAE, direction: str, x: Tensor, clip: Clip) -> Iterator[Candidate]:
@@ -94,10 +100,18 @@ def no_memory_model() -> list[Row]:
     """A row that says so, where nothing predicts peaks."""
     if importlib.util.find_spec(_MEMORY_MODEL) is not None:
         return []
-    return [{"provider": "pusa predicted peak", "status": "skipped", "reason": f"there is no {_MEMORY_MODEL}: peaks are measured only"}]
+    return [
+        {
+            "provider": "pusa predicted peak",
+            "status": "skipped",
+            "reason": f"there is no {_MEMORY_MODEL}: peaks are measured only",
+        }
+    ]
 
 
-def compare(candidates: Sequence[Candidate], clip: Clip, device: torch.device, budget: float, min_rounds: int, max_rounds: int) -> list[Row]:
+def compare(
+    candidates: Sequence[Candidate], clip: Clip, device: torch.device, budget: float, min_rounds: int, max_rounds: int
+) -> list[Row]:
     """A row for each. Those of `REFERENCES` come first: the others are compared with them, and must agree unless approximate.
 
     What a candidate raises, out of memory above all, or that it computes something else, is a finding: it is not timed.
@@ -123,7 +137,11 @@ def compare(candidates: Sequence[Candidate], clip: Clip, device: torch.device, b
     for name, spent in seconds.items():
         rows[name] |= {f"{key}_ms" if key != "n" else key: value for key, value in spread(spent, unit=1e3).items()}
         rows[name]["ms_per_frame"] = significant(rows[name]["median_ms"] / clip.frames)
-        rows[name] |= {f"over_{other}": ratio(spent, seconds[other]) for other in (*REFERENCES, "floor") if other in seconds and other != name}
+        rows[name] |= {
+            f"over_{other}": ratio(spent, seconds[other])
+            for other in (*REFERENCES, "floor")
+            if other in seconds and other != name
+        }
     return list(rows.values())
 
 
@@ -141,7 +159,10 @@ def _look(candidate: Candidate, call: Call, values: dict[str, Tensor], device: t
     peak = peak_bytes(call, device)
     row["peak_mib"] = significant(peak / 2**20)
     if candidate.predicted is not None:
-        row |= {"predicted_mib": significant(candidate.predicted / 2**20), "predicted_over_measured": significant(candidate.predicted / peak)}
+        row |= {
+            "predicted_mib": significant(candidate.predicted / 2**20),
+            "predicted_over_measured": significant(candidate.predicted / peak),
+        }
     return row
 
 

@@ -100,7 +100,12 @@ def _relief(error: Exception) -> str:
     return "out of memory: give --tiling auto, a smaller --size, fewer --frames, or --dtype bfloat16"
 
 
-app = typer.Typer(cls=_Group, add_completion=False, pretty_exceptions_enable=False, help="Runs Pusa: video from text, pictures and clips.")
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Runs Pusa: video from text, pictures and clips.",
+)
 app.add_typer(bench.app, name="bench")  # parses its own options
 
 
@@ -114,7 +119,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -150,9 +157,12 @@ def generate(
             rich_help_panel=_GIVEN,
         ),
     ] = None,
-    end_image: Annotated[str | None, typer.Option(metavar="PATH", help="Picture to end on.", rich_help_panel=_GIVEN)] = None,
+    end_image: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Picture to end on.", rich_help_panel=_GIVEN)
+    ] = None,
     end_noise: Annotated[
-        float | None, typer.Option(parser=_number, metavar="0..1", help="As --image-noise (default 0).", rich_help_panel=_GIVEN)
+        float | None,
+        typer.Option(parser=_number, metavar="0..1", help="As --image-noise (default 0).", rich_help_panel=_GIVEN),
     ] = None,
     keyframe: Annotated[
         list[str] | None,
@@ -162,8 +172,12 @@ def generate(
             rich_help_panel=_GIVEN,
         ),
     ] = None,
-    video: Annotated[str | None, typer.Option(metavar="PATH", help="Clip of which --keep stays.", rich_help_panel=_GIVEN)] = None,
-    keep: Annotated[str | None, typer.Option(metavar="0-3,...", help="Latents of --video to keep.", rich_help_panel=_GIVEN)] = None,
+    video: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Clip of which --keep stays.", rich_help_panel=_GIVEN)
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(metavar="0-3,...", help="Latents of --video to keep.", rich_help_panel=_GIVEN)
+    ] = None,
     keep_noise: Annotated[
         str | None,
         typer.Option(
@@ -177,7 +191,11 @@ def generate(
     ] = None,
     overlap: Annotated[
         int | None,
-        typer.Option(parser=_whole, help="Last frames of --extend to go on from, 4k+1 (default 13, or what fits).", rich_help_panel=_GIVEN),
+        typer.Option(
+            parser=_whole,
+            help="Last frames of --extend to go on from, 4k+1 (default 13, or what fits).",
+            rich_help_panel=_GIVEN,
+        ),
     ] = None,
     transition: Annotated[
         tuple[str, str] | None,
@@ -186,26 +204,44 @@ def generate(
     ends: Annotated[
         int | None,
         typer.Option(
-            parser=_whole, help="Latents taken from either clip of --transition (default 3, or what fits).", rich_help_panel=_GIVEN
+            parser=_whole,
+            help="Latents taken from either clip of --transition (default 3, or what fits).",
+            rich_help_panel=_GIVEN,
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME|DIR", help="nano, or a model's folder (default nano).", rich_help_panel=_MODEL)
+        str | None,
+        typer.Option(metavar="NAME|DIR", help="nano, or a model's folder (default nano).", rich_help_panel=_MODEL),
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH:STRENGTH", help="LoRA, or none. Repeatable. (default: the model's own)", rich_help_panel=_MODEL),
+        typer.Option(
+            metavar="PATH:STRENGTH",
+            help="LoRA, or none. Repeatable. (default: the model's own)",
+            rich_help_panel=_MODEL,
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(parser=_whole, help="Denoising steps (default: the model's).")] = None,
-    guidance: Annotated[float | None, typer.Option(parser=_number, help="Guidance scale, 1 for none (default: the model's).")] = None,
-    shift: Annotated[float | None, typer.Option(parser=_number, help="Timestep shift (default: the model's).")] = None,
-    seed: Annotated[list[str] | None, typer.Option(metavar="N,N,...", help="Several make clip-SEED.mp4 each (default 0).")] = None,
-    frames: Annotated[int | None, typer.Option(parser=_whole, help="Frames to generate, 4k+1 (default: the model's).")] = None,
-    size: Annotated[str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Multiples of 16 (default: the model's).")] = None,
-    fps: Annotated[
-        float | None, typer.Option(parser=_number, help="Frames per second; given clips are resampled to it (default: the model's).")
+    guidance: Annotated[
+        float | None, typer.Option(parser=_number, help="Guidance scale, 1 for none (default: the model's).")
     ] = None,
-    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt (default: the model's).")] = None,
+    shift: Annotated[float | None, typer.Option(parser=_number, help="Timestep shift (default: the model's).")] = None,
+    seed: Annotated[
+        list[str] | None, typer.Option(metavar="N,N,...", help="Several make clip-SEED.mp4 each (default 0).")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(parser=_whole, help="Frames to generate, 4k+1 (default: the model's).")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Multiples of 16 (default: the model's).")
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(parser=_number, help="Frames per second; given clips are resampled to it (default: the model's)."),
+    ] = None,
+    negative: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Negative prompt (default: the model's).")
+    ] = None,
     compat: Annotated[
         Literal["reference", "exact"] | None,
         typer.Option(help="Timesteps and frames as the reference rounds them, or exact (default reference)."),
@@ -219,9 +255,13 @@ def generate(
     ] = None,
     precision: Annotated[
         Literal["fp8"] | None,
-        typer.Option(help="Lossy: the transformer's products on e4m3 rows; a GPU from Ada or Hopper on.", rich_help_panel=_MODEL),
+        typer.Option(
+            help="Lossy: the transformer's products on e4m3 rows; a GPU from Ada or Hopper on.", rich_help_panel=_MODEL
+        ),
     ] = None,
-    attention: Annotated[str | None, typer.Option(help="Attention backend, see doctor (default auto).", rich_help_panel=_MODEL)] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Attention backend, see doctor (default auto).", rich_help_panel=_MODEL)
+    ] = None,
     fit: Annotated[
         Literal["crop", "pad", "stretch"] | None,
         typer.Option(help="How media of another size are fitted (default crop).", rich_help_panel=_GIVEN),
@@ -235,9 +275,15 @@ def generate(
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="clip.mp4, clip.gif, or clip/ for a folder of PNGs (default clip.mp4).", rich_help_panel=_OUTPUT),
+        typer.Option(
+            metavar="PATH",
+            help="clip.mp4, clip.gif, or clip/ for a folder of PNGs (default clip.mp4).",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=_OUTPUT)
+    ] = False,
     from_: Annotated[
         str | None,
         typer.Option(
@@ -254,7 +300,18 @@ def generate(
     from pusa_fast.commands.plan import Inputs
 
     inputs = Inputs(
-        image, image_noise, end_image, end_noise, tuple(keyframe or ()), video, keep, keep_noise, extend, overlap, transition, ends
+        image,
+        image_noise,
+        end_image,
+        end_noise,
+        tuple(keyframe or ()),
+        video,
+        keep,
+        keep_noise,
+        extend,
+        overlap,
+        transition,
+        ends,
     )
     options = Options(
         prompt, model, lora, steps, guidance, shift, seed, frames, size, fps, negative, compat, device, dtype, precision, attention, fit,
@@ -274,7 +331,8 @@ def prepare(
     ],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder to write, or to go on in.", rich_help_panel=_OUTPUT)],
     model: Annotated[
-        str | None, typer.Option(metavar="NAME|DIR", help="nano, or a model's folder (default nano).", rich_help_panel=_MODEL)
+        str | None,
+        typer.Option(metavar="NAME|DIR", help="nano, or a model's folder (default nano).", rich_help_panel=_MODEL),
     ] = None,
     bucket: Annotated[
         list[str] | None,
@@ -284,18 +342,25 @@ def prepare(
         ),
     ] = None,
     fps: Annotated[
-        float | None, typer.Option(parser=_number, help="Resample clips to so many frames per second (default: every frame of the clip).")
+        float | None,
+        typer.Option(
+            parser=_number, help="Resample clips to so many frames per second (default: every frame of the clip)."
+        ),
     ] = None,
     clips_per_video: Annotated[
-        int | None, typer.Option(parser=_whole, help="Windows taken from each file, evenly spaced; they may overlap (default 1).")
+        int | None,
+        typer.Option(parser=_whole, help="Windows taken from each file, evenly spaced; they may overlap (default 1)."),
     ] = None,
     start: Annotated[
         Literal["first", "middle", "random"] | None,
-        typer.Option(help="Where windows begin: from the first frame on, in the middle, or anywhere as --seed says (default first)."),
+        typer.Option(
+            help="Where windows begin: from the first frame on, in the middle, or anywhere as --seed says (default first)."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(parser=_whole, help="Of --start random (default 0).")] = None,
     fit: Annotated[
-        Literal["crop", "pad", "stretch"] | None, typer.Option(help="How frames are brought to the bucket's size (default crop).")
+        Literal["crop", "pad", "stretch"] | None,
+        typer.Option(help="How frames are brought to the bucket's size (default crop)."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 (default: a GPU where there is one).", rich_help_panel=_MODEL)
@@ -309,14 +374,20 @@ def prepare(
         typer.Option(help="VAE: as in generate (default whole).", rich_help_panel=_MODEL),
     ] = None,
     shard_clips: Annotated[
-        int | None, typer.Option(parser=_whole, help="Clips in one file of latents (default 64).", rich_help_panel=_OUTPUT)
+        int | None,
+        typer.Option(parser=_whole, help="Clips in one file of latents (default 64).", rich_help_panel=_OUTPUT),
     ] = None,
     ignore_tensors: Annotated[
-        bool, typer.Option("--ignore-tensors", help="Encode anew where the reference's FILE.tensors.pth lies beside a clip.")
+        bool,
+        typer.Option("--ignore-tensors", help="Encode anew where the reference's FILE.tensors.pth lies beside a clip."),
     ] = False,
     add: Annotated[
         bool,
-        typer.Option("--add", help="Train on the clips prepared into DIR before, too (default: on those of SOURCE alone).", rich_help_panel=_OUTPUT),
+        typer.Option(
+            "--add",
+            help="Train on the clips prepared into DIR before, too (default: on those of SOURCE alone).",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad clip instead of listing it.")] = False,
 ) -> None:
@@ -332,12 +403,19 @@ def prepare(
 
 @app.command()
 def train(
-    config: Annotated[str | None, typer.Argument(metavar="CONFIG.YAML", help="Settings; docs/training.md lists them.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting, such as optim.lr=1e-5. Repeatable.")
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG.YAML", help="Settings; docs/training.md lists them.")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what it will take: memory by part, work and time of a step.")] = False,
-    processes: Annotated[int | None, typer.Option(parser=_whole, help="With --plan: shared by so many (default 1).")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting, such as optim.lr=1e-5. Repeatable."),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what it will take: memory by part, work and time of a step.")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(parser=_whole, help="With --plan: shared by so many (default 1).")
+    ] = None,
 ) -> None:
     """Train a Pusa LoRA, or all weights, on prepared clips. Stopped or killed, the same command goes on.
 
@@ -356,9 +434,15 @@ def export(
         Literal["released", "diffusers", "comfyui"] | None,
         typer.Option(help="Names of a LoRA's weights: Pusa's own, diffusers' or ComfyUI's (default released)."),
     ] = None,
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights (default bfloat16).")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights (default bfloat16).")
+    ] = None,
     step: Annotated[
-        str | None, typer.Option(metavar="N|best", help="Of a run: the checkpoint of this step, or the best by validation loss (default: the newest).")
+        str | None,
+        typer.Option(
+            metavar="N|best",
+            help="Of a run: the checkpoint of this step, or the best by validation loss (default: the newest).",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
@@ -377,7 +461,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="As one JSON doc
 
 
 def _report_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print(f"internal error: {kind.__name__}: {' '.join(str(error).split())}; PUSA_FAST_DEBUG=1 shows where", file=sys.stderr)
+    print(
+        f"internal error: {kind.__name__}: {' '.join(str(error).split())}; PUSA_FAST_DEBUG=1 shows where",
+        file=sys.stderr,
+    )
 
 
 def main() -> None:

@@ -38,7 +38,16 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        for name in ("dim", "ffn_dim", "num_heads", "num_layers", "in_channels", "out_channels", "text_dim", "freq_dim"):
+        for name in (
+            "dim",
+            "ffn_dim",
+            "num_heads",
+            "num_layers",
+            "in_channels",
+            "out_channels",
+            "text_dim",
+            "freq_dim",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"DiTConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.num_heads:
@@ -46,7 +55,9 @@ class DiTConfig:
         if self.head_dim % 2 or self.freq_dim % 2:
             raise ValueError(f"DiTConfig: head_dim={self.head_dim} and freq_dim={self.freq_dim} must be even")
         if len(self.patch_size) != 3 or self.patch_size[0] != 1:
-            raise ValueError(f"DiTConfig.patch_size must be (1, h, w): one token row per latent frame; got {self.patch_size}")
+            raise ValueError(
+                f"DiTConfig.patch_size must be (1, h, w): one token row per latent frame; got {self.patch_size}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -78,7 +89,9 @@ class VAEConfig:
             )
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) != self.z_dim:
-                raise ValueError(f"VAEConfig.{name} needs z_dim={self.z_dim} values, got {len(getattr(self, name))}: give your own")
+                raise ValueError(
+                    f"VAEConfig.{name} needs z_dim={self.z_dim} values, got {len(getattr(self, name))}: give your own"
+                )
 
     @property
     def spatial_factor(self) -> int:

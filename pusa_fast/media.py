@@ -55,7 +55,9 @@ def _open_path(path: Path) -> Medium:
 def _open_sequence(pictures: Sequence[Any]) -> Medium:
     for number, picture in enumerate(pictures):
         if not _is_pil(picture):
-            raise ValueError(f"a list of media holds PIL images; entry {number} is a {type(picture).__name__}: use one Condition each")
+            raise ValueError(
+                f"a list of media holds PIL images; entry {number} is a {type(picture).__name__}: use one Condition each"
+            )
     if not pictures:
         raise ValueError("the list of pictures is empty: give at least one")
     sizes = {picture.size for picture in pictures}
@@ -67,10 +69,14 @@ def _open_sequence(pictures: Sequence[Any]) -> Medium:
 def _open_array(array: Any) -> Medium:
     kind = str(array.dtype).removeprefix("torch.")
     if kind != "uint8":
-        raise ValueError(f"frames must be uint8 from 0 to 255, got {kind}: for values in [0, 1] give (x * 255).round() as uint8")
+        raise ValueError(
+            f"frames must be uint8 from 0 to 255, got {kind}: for values in [0, 1] give (x * 255).round() as uint8"
+        )
     shape = tuple(array.shape)
     if len(shape) not in (3, 4) or shape[-1] != 3 or 0 in shape:
-        raise ValueError(f"frames must be [H,W,3] or [T,H,W,3], got {list(shape)}: move the three colours last, drop alpha")
+        raise ValueError(
+            f"frames must be [H,W,3] or [T,H,W,3], got {list(shape)}: move the three colours last, drop alpha"
+        )
     if len(shape) == 3:
         return _picture(_tensor(array))
     return Medium(shape[0], lambda count: _tensor(array[:count]))

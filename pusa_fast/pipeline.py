@@ -124,7 +124,8 @@ class Pipeline:
         pipe = cls(dit.eval(), vae.eval(), load_text_encoder(files, where, kind), defaults=files.defaults)
         pipe.files, pipe.spec = files, files.spec
         pipe.loras = {
-            path: apply_lora(dit, path, strength=strength, keep_base=precision is None) for path, strength in wanted.items()
+            path: apply_lora(dit, path, strength=strength, keep_base=precision is None)
+            for path, strength in wanted.items()
         }
         if precision is not None:
             quantize(dit)
@@ -171,7 +172,13 @@ class Pipeline:
         size = (chosen.height // self.vae.config.spatial_factor, chosen.width // self.vae.config.spatial_factor)
         tiles = {"encode_tiling": request.encode_tiling, "tiling": request.decode_tiling}
         overcompute = round(self.vae.runner("decode").overcompute(size, request.decode_tiling), 3)
-        self.last_run = {"task": request.plan.task, **asdict(chosen), **tiles, "overcompute": overcompute, "seconds": {}}
+        self.last_run = {
+            "task": request.plan.task,
+            **asdict(chosen),
+            **tiles,
+            "overcompute": overcompute,
+            "seconds": {},
+        }
         with self._stage("text"):
             context = self._context(request.context)
             negative = None if request.negative is None else self._context(request.negative)
@@ -198,7 +205,11 @@ class Pipeline:
         positive: tuple[str | None, Tensor | None],
         negative: tuple[str | None, Tensor | None],
     ) -> _Request:
-        factor, scale, (_, ph, pw) = self.vae.config.temporal_factor, self.vae.config.spatial_factor, self.dit.config.patch_size
+        factor, scale, (_, ph, pw) = (
+            self.vae.config.temporal_factor,
+            self.vae.config.spatial_factor,
+            self.dit.config.patch_size,
+        )
         settings = task.settings(given, self.defaults, (scale * ph, scale * pw), factor)
         tiles = self._tiling(tiling)
         context = self._check_text("prompt", *positive)
@@ -208,7 +219,9 @@ class Pipeline:
         if settings.guidance_scale != 1:
             opposite = self._check_text("negative_prompt", *negative)
             if opposite is None and self.text_encoder is None:
-                raise ValueError("guidance needs negative_prompt_embeds, as there is no text encoder: give them, or guidance_scale=1")
+                raise ValueError(
+                    "guidance needs negative_prompt_embeds, as there is no text encoder: give them, or guidance_scale=1"
+                )
             opposite = self.defaults["negative_prompt"] if opposite is None else opposite
         opened: list[Medium] = []
 
@@ -227,7 +240,7 @@ class Pipeline:
         return _Request(settings, plan, tuple(opened), encode_tiles, decode_tiles, context, opposite)
 
     def _tiling(self, tiling: Tiling | str | None) -> Tiling | None:
-        """"auto" with the memory that the weights of all parts on the VAE's device leave."""
+        """ "auto" with the memory that the weights of all parts on the VAE's device leave."""
         if isinstance(tiling, str) and tiling == "auto":
             tiling = Tiling.auto()
         if tiling is not None and not isinstance(tiling, Tiling):
@@ -235,7 +248,9 @@ class Pipeline:
         if tiling is None or tiling.mode != "auto" or tiling.memory is not None:
             return tiling
         dits = (self.dit.high, self.dit.low) if isinstance(self.dit, sampler.ExpertPair) else (self.dit,)
-        parts = [m for m in (*dits, self.vae, getattr(self.text_encoder, "model", None)) if isinstance(m, torch.nn.Module)]
+        parts = [
+            m for m in (*dits, self.vae, getattr(self.text_encoder, "model", None)) if isinstance(m, torch.nn.Module)
+        ]
         return Tiling.auto(max(1, usable_memory(self.vae.device) - weight_bytes(self.vae.device, *parts)))
 
     def _check_text(self, name: str, text: str | None, embeds: Tensor | None) -> str | Tensor | None:
@@ -301,7 +316,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if where.type not in ("cpu", "cuda"):
         raise ValueError(f"device {device} is not supported: use cpu, cuda or cuda:N")
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device} does not exist here ({torch.cuda.device_count()} CUDA devices): use device='cpu'")
+        raise ValueError(
+            f"device {device} does not exist here ({torch.cuda.device_count()} CUDA devices): use device='cpu'"
+        )
     return where
 
 
@@ -311,4 +328,6 @@ def load_text_encoder(files: ModelFiles, device: torch.device, dtype: torch.dtyp
         return TextEncoder.from_directory(files.text_encoder, files.tokenizer, device, dtype, files.text_len)
     from pusa_fast.weights import load_text_encoder_state
 
-    return TextEncoder.from_state(load_text_encoder_state(files.text_encoder), files.tokenizer, device, dtype, files.text_len)
+    return TextEncoder.from_state(
+        load_text_encoder_state(files.text_encoder), files.tokenizer, device, dtype, files.text_len
+    )

@@ -44,11 +44,28 @@ FIT_MODES = ("crop", "pad", "stretch")
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _TEXT = ("tty", "bin", "xbin", "adf", "idf")  # FFmpeg plays any text file as terminal art
 # FFmpeg's codes for the matrix of a file's colours; other codes, such as "unspecified", are guessed from the size.
-_MATRICES = {1: Colorspace.ITU709, 4: Colorspace.FCC, 7: Colorspace.SMPTE240M, 9: Colorspace.BT2020, 10: Colorspace.BT2020}
+_MATRICES = {
+    1: Colorspace.ITU709,
+    4: Colorspace.FCC,
+    7: Colorspace.SMPTE240M,
+    9: Colorspace.BT2020,
+    10: Colorspace.BT2020,
+}
 _MATRICES |= dict.fromkeys((5, 6), Colorspace.ITU601)
 _BT709 = 1  # the code of BT.709 for matrix, transfer and primaries alike
 # What Pillow raises for a damaged file, besides OSError: its parsers let struct, zlib and index errors through.
-_DAMAGED = (OSError, zlib.error, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, OverflowError)
+_DAMAGED = (
+    OSError,
+    zlib.error,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,9 @@ def read_video(
         raise ValueError(f"{path} has no video frame: it is empty or damaged")
     sizes = {frame.shape for frame in kept}
     if len(sizes) > 1:
-        raise ValueError(f"{path} holds frames of {len(sizes)} sizes, {sorted(sizes)[:2]} among them: convert it to one size")
+        raise ValueError(
+            f"{path} holds frames of {len(sizes)} sizes, {sorted(sizes)[:2]} among them: convert it to one size"
+        )
     return torch.from_numpy(np.stack(kept))
 
 
@@ -126,11 +145,15 @@ def check_whole(path: PathLike) -> None:
 
 def _pictures(folder: PathLike) -> list[Path]:
     """The PNGs of a folder, numbers in their names counted as numbers."""
-    found = [entry for entry in Path(folder).iterdir() if entry.suffix.lower() == ".png" and not entry.name.startswith(".")]
+    found = [
+        entry for entry in Path(folder).iterdir() if entry.suffix.lower() == ".png" and not entry.name.startswith(".")
+    ]
     if not found:
         raise ValueError(f"{folder} is a folder without PNG files: give a video file, or a folder of PNGs")
     # Every second part of the split is a number.
-    return sorted(found, key=lambda entry: [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", entry.name))])
+    return sorted(
+        found, key=lambda entry: [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", entry.name))]
+    )
 
 
 @contextmanager
@@ -151,10 +174,14 @@ def _opened(path: PathLike) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             if stream.width * stream.height > MAX_PIXELS:
-                raise ValueError(f"{path} has frames of {stream.width}x{stream.height}, above {MAX_PIXELS} pixels: scale it down")
+                raise ValueError(
+                    f"{path} has frames of {stream.width}x{stream.height}, above {MAX_PIXELS} pixels: scale it down"
+                )
             yield container, stream
     except av.FFmpegError as error:
-        raise ValueError(f"{path} cannot be read as a video ({error.strerror}): it is truncated, damaged or not a video") from None
+        raise ValueError(
+            f"{path} cannot be read as a video ({error.strerror}): it is truncated, damaged or not a video"
+        ) from None
 
 
 def _decode(path: PathLike) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame]]:
@@ -230,7 +257,9 @@ def read_image(path: PathLike) -> Tensor:
                     raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
                 rgb = rgb_array(ImageOps.exif_transpose(image))
         except Image.DecompressionBombError as error:
-            raise ValueError(f"{path} would unpack to more than {MAX_PIXELS} pixels ({error}): scale the picture down") from None
+            raise ValueError(
+                f"{path} would unpack to more than {MAX_PIXELS} pixels ({error}): scale the picture down"
+            ) from None
         except UnidentifiedImageError:
             raise ValueError(f"{path} is not a picture: give one of {', '.join(PICTURE_FORMATS)}") from None
         except _DAMAGED as error:
@@ -301,13 +330,21 @@ def contact_sheet(frames: Tensor, longest: int = 1600) -> Image.Image:
     count, height, width, _ = frames.shape
     side = min(4, int(count**0.5))
     spread = torch.linspace(0, count - 1, side * side).round().long() if side > 1 else torch.zeros(1, dtype=torch.long)
-    tiles = frames[spread].reshape(side, side, height, width, 3).permute(0, 2, 1, 3, 4).reshape(side * height, side * width, 3)
+    tiles = (
+        frames[spread]
+        .reshape(side, side, height, width, 3)
+        .permute(0, 2, 1, 3, 4)
+        .reshape(side * height, side * width, 3)
+    )
     sheet = Image.fromarray(tiles.cpu().numpy())
     larger = max(sheet.size)
     if larger < 512:
         return sheet.resize((sheet.width * (512 // larger), sheet.height * (512 // larger)), Image.Resampling.NEAREST)
     if larger > longest:
-        return sheet.resize((max(1, sheet.width * longest // larger), max(1, sheet.height * longest // larger)), Image.Resampling.LANCZOS)
+        return sheet.resize(
+            (max(1, sheet.width * longest // larger), max(1, sheet.height * longest // larger)),
+            Image.Resampling.LANCZOS,
+        )
     return sheet
 
 
@@ -318,15 +355,23 @@ def check_target(path: PathLike, fps: float) -> None:
         file = os.fspath(path).rstrip("/" + os.sep)
         if os.path.lexists(file) and not os.path.isdir(file):
             raise ValueError(f"{path} means a folder of PNGs, but {file} is a file: choose another name")
-        kept = [entry.name for entry in Path(path).iterdir() if not re.fullmatch(r"\d+\.png", entry.name)] if os.path.isdir(path) else []
+        kept = (
+            [entry.name for entry in Path(path).iterdir() if not re.fullmatch(r"\d+\.png", entry.name)]
+            if os.path.isdir(path)
+            else []
+        )
         if kept:
-            raise ValueError(f"{path} holds {kept[0]}, not numbered PNGs only, and would be replaced: choose another folder")
+            raise ValueError(
+                f"{path} holds {kept[0]}, not numbered PNGs only, and would be replaced: choose another folder"
+            )
     elif os.path.splitext(path)[1].lower() not in _WRITERS:
         raise ValueError(f"{path} cannot be written: end it in {', '.join(_WRITERS)}, or in / for a folder of PNGs")
     elif os.path.isdir(path):
         raise ValueError(f"{path} is a folder: choose another name, or end it in / for a folder of PNGs")
     elif os.path.splitext(path)[1].lower() == ".gif" and rate > _GIF_RATE:
-        raise ValueError(f"{path}: players show a GIF at no more than {_GIF_RATE} frames per second, got {float(rate):g}: lower the rate")
+        raise ValueError(
+            f"{path}: players show a GIF at no more than {_GIF_RATE} frames per second, got {float(rate):g}: lower the rate"
+        )
 
 
 def write_video(path: PathLike, frames: Tensor | Iterable[Array | Tensor], fps: float) -> None:
@@ -396,7 +441,9 @@ def _write_mp4(path: Path, frames: Iterator[Array], rate: Fraction) -> None:
             if stream is None:
                 height, width, _ = array.shape
                 if height % 2 or width % 2:
-                    raise ValueError(f"{width}x{height}: H.264 needs an even width and height, write a GIF or PNGs instead")
+                    raise ValueError(
+                        f"{width}x{height}: H.264 needs an even width and height, write a GIF or PNGs instead"
+                    )
                 stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "preset": "fast"})
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
                 coding = stream.codec_context
@@ -404,7 +451,9 @@ def _write_mp4(path: Path, frames: Iterator[Array], rate: Fraction) -> None:
                 coding.colorspace = coding.color_primaries = coding.color_trc = _BT709
                 coding.color_range = ColorRange.MPEG
             elif array.shape != (stream.height, stream.width, 3):
-                raise ValueError(f"a frame of {array.shape[1]}x{array.shape[0]} in a video of {stream.width}x{stream.height}")
+                raise ValueError(
+                    f"a frame of {array.shape[1]}x{array.shape[0]} in a video of {stream.width}x{stream.height}"
+                )
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24").reformat(
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,
@@ -433,4 +482,6 @@ def _write_pngs(path: Path, frames: Iterator[Array], _: Fraction) -> None:
         Image.fromarray(frame).save(path / f"{index:04d}.png")
 
 
-_WRITERS: Mapping[str, Callable[[Path, Iterator[Array], Fraction], None]] = MappingProxyType({".mp4": _write_mp4, ".gif": _write_gif})
+_WRITERS: Mapping[str, Callable[[Path, Iterator[Array], Fraction], None]] = MappingProxyType(
+    {".mp4": _write_mp4, ".gif": _write_gif}
+)

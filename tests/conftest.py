@@ -108,7 +108,9 @@ def manifest() -> Callable[[str], Any]:
 
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    tables = {n: {**values[n], **v} for n, v in changes.items() if isinstance(v, dict) and isinstance(values.get(n), dict)}
+    tables = {
+        n: {**values[n], **v} for n, v in changes.items() if isinstance(v, dict) and isinstance(values.get(n), dict)
+    }
     return values | changes | tables
 
 
@@ -150,7 +152,12 @@ def _tiny_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     dit = WanDiT(config)
     torch.nn.init.normal_(dit.head.head.weight, std=0.05)  # an untrained head is zero, and so would be every gradient
     checkpoint.save(folder / "dit.safetensors", keymap.unpack(dit.state_dict()), config)
-    about = {**model_hashes(find_model("nano"), Catalog(folder / "none")), "channels": 16, "text_dim": 64, "text_len": 6}
+    about = {
+        **model_hashes(find_model("nano"), Catalog(folder / "none")),
+        "channels": 16,
+        "text_dim": 64,
+        "text_len": 6,
+    }
     with StoreWriter(folder / "clips", about, shard_clips=4) as writer:
         writer.write_empty_text(make_input(1, 64, seed=99))
         for i in range(11):
@@ -206,9 +213,16 @@ else:
 class Program:
     """Python with these words (`"-m", module, ...` or `file, ...`) as a process; as `subprocess.Popen`, where it has the same names."""
 
-    def __init__(self, forks: ForkServerContext, folder: Path, name: str, words: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, forks: ForkServerContext, folder: Path, name: str, words: list[str], environment: dict[str, str]
+    ) -> None:
         self.outputs = [folder / f"{name}.{stream}" for stream in ("out", "err")]
-        given = {"folder": str(folder), "environment": environment, "outputs": [str(path) for path in self.outputs], "words": words}
+        given = {
+            "folder": str(folder),
+            "environment": environment,
+            "outputs": [str(path) for path in self.outputs],
+            "words": words,
+        }
         self._process = forks.Process(target=exec, args=(_PROGRAM, given), daemon=False)
         self._process.start()
         assert self._process.pid is not None
@@ -223,7 +237,9 @@ class Program:
 
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
-        assert self.returncode is not None, f"still running after {timeout} s: {[path.read_text() for path in self.outputs]}"
+        assert self.returncode is not None, (
+            f"still running after {timeout} s: {[path.read_text() for path in self.outputs]}"
+        )
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:

@@ -24,7 +24,19 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 registry, providers, timing, peaks, memory, harness, run_ops, run_dit, run_e2e, run_numerics, dit_models = (
     command.load(name)
-    for name in ("registry", "providers", "timing", "peaks", "memory", "harness", "run_ops", "run_dit", "run_e2e", "run_numerics", "dit_models")
+    for name in (
+        "registry",
+        "providers",
+        "timing",
+        "peaks",
+        "memory",
+        "harness",
+        "run_ops",
+        "run_dit",
+        "run_e2e",
+        "run_numerics",
+        "dit_models",
+    )
 )
 TINY = registry.SHAPES["tiny"]
 
@@ -94,7 +106,10 @@ def test_the_arithmetic_of_a_forward() -> None:
         assert round(1e3 * floor["elementwise"]) == elementwise
         assert floor["total"] == pytest.approx(sum(floor[part] for part in ("products", "attention", "elementwise")))
     assert peaks.BLOCK_UNITS["pusa"] == 18
-    assert peaks.attention_flops(3, 5, 7) == 4 * 3 * 5 * 7 and peaks.attention_flops(3, 5, 7, backward=True) == 10 * 3 * 5 * 7
+    assert (
+        peaks.attention_flops(3, 5, 7) == 4 * 3 * 5 * 7
+        and peaks.attention_flops(3, 5, 7, backward=True) == 10 * 3 * 5 * 7
+    )
 
 
 # Timing and memory.
@@ -130,7 +145,9 @@ def test_time_of_a_call_excludes_its_reset_and_the_flush() -> None:
 
 
 def test_the_budget_ends_the_rounds() -> None:
-    counted: dict[str, list[float]] = timing.measure({"a": timing.Run(lambda: time.sleep(0.01))}, CPU, budget=0.05, min_rounds=1, warmup=0)
+    counted: dict[str, list[float]] = timing.measure(
+        {"a": timing.Run(lambda: time.sleep(0.01))}, CPU, budget=0.05, min_rounds=1, warmup=0
+    )
     assert 2 <= len(counted["a"]) <= 5
     assert len(timing.measure({"a": timing.Run(lambda: None)}, CPU, budget=9.0, max_rounds=4)["a"]) == 4
 
@@ -203,7 +220,9 @@ def _raises(n: Tensor) -> Tensor:
     ids=["wrong", "last frame", "nan", "dtype", "unwritten", "raises"],
 )
 def test_a_broken_provider_does_not_pass_the_gate(how: Callable[[Tensor], Tensor], reason: str) -> None:
-    rows, runs = run_ops.gate(registry.OPS["rms_norm"], {"broken": _broken(how)}, registry.Drawn(TINY, torch.float32, CPU))
+    rows, runs = run_ops.gate(
+        registry.OPS["rms_norm"], {"broken": _broken(how)}, registry.Drawn(TINY, torch.float32, CPU)
+    )
     assert rows["broken"]["status"] == "failed" and reason in rows["broken"]["reason"]
     assert not runs
 
@@ -211,7 +230,9 @@ def test_a_broken_provider_does_not_pass_the_gate(how: Callable[[Tensor], Tensor
 def test_a_broken_provider_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     real, measure, timed = providers.candidates, timing.measure, []
     monkeypatch.setattr(run_ops, "candidates", lambda *given: {**real(*given), "broken": _broken(_last_frame)})
-    monkeypatch.setattr(run_ops, "measure", lambda runs, *rest, **named: timed.extend(runs) or measure(runs, *rest, **named))
+    monkeypatch.setattr(
+        run_ops, "measure", lambda runs, *rest, **named: timed.extend(runs) or measure(runs, *rest, **named)
+    )
     result = harness.execute("ops", harness.Options("cpu", True, ops=("rms_norm",), dtypes=("fp32",)))
     rows = {row["provider"]: row for row in result["rows"]}
     assert rows["broken"]["status"] == "failed" and "exceeds the budget" in rows["broken"]["reason"]
@@ -251,8 +272,24 @@ def test_torch_compile_is_a_provider() -> None:
 def test_the_last_line_is_the_result(tmp_path: Path) -> None:
     """A process of its own: nothing follows the document, and nothing else is on stdout."""
     out = tmp_path / "result.json"
-    words = ["bench", "ops", "--quick", "--device", "cpu", "--op", "rms_norm", "--op", "quantize_rows", "--dtype", "bf16", "--out", str(out)]
-    done = subprocess.run([sys.executable, "-m", "pusa_fast.cli", *words], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    words = [
+        "bench",
+        "ops",
+        "--quick",
+        "--device",
+        "cpu",
+        "--op",
+        "rms_norm",
+        "--op",
+        "quantize_rows",
+        "--dtype",
+        "bf16",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pusa_fast.cli", *words], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     result = json.loads(done.stdout)
@@ -292,7 +329,9 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 
 def test_out_of_time_is_said(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    result = harness.execute("ops", harness.Options("cpu", True, str(out), seconds=1e-9, ops=("rms_norm", "gelu"), dtypes=("fp32",)))
+    result = harness.execute(
+        "ops", harness.Options("cpu", True, str(out), seconds=1e-9, ops=("rms_norm", "gelu"), dtypes=("fp32",))
+    )
     assert {row["status"] for row in result["rows"]} == {"skipped"}
     assert all("out of time" in row["reason"] for row in result["rows"])
 
@@ -323,7 +362,10 @@ def test_a_run_that_dies_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.
         (("ops", "--device", "tpu"), "--device tpu is not available: choose cpu or cuda"),
         (("ops", "--out", "/nowhere/x.json"), "--out /nowhere/x.json: its folder does not exist"),
         (("ops", "--seconds", "soon"), "Invalid value for '--seconds'"),
-        (("dit", "--device", "cpu", "--shape", "tiny", "--shape", "1.3b-2k"), "--shape 1.3b-2k: on the CPU bench dit measures one shape"),
+        (
+            ("dit", "--device", "cpu", "--shape", "tiny", "--shape", "1.3b-2k"),
+            "--shape 1.3b-2k: on the CPU bench dit measures one shape",
+        ),
         (("vae", "--device", "cpu", "--size", "480p"), "--size 480p: on the CPU bench vae measures 17x128x224 only"),
         (("vae", "--device", "cpu", "--dtype", "int4"), "--dtype int4 does not exist: choose from fp32, bf16"),
         (("e2e", "--size", "4k"), "--size 4k does not exist: choose from 480p, 720p"),
@@ -357,7 +399,9 @@ def test_a_wheel_carries_no_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_the_command_line_stays_light() -> None:
-    source = "import sys, pusa_fast.cli; print(*sorted({'torch', 'bench', 'rich.progress', 'diffusers'} & set(sys.modules)))"
+    source = (
+        "import sys, pusa_fast.cli; print(*sorted({'torch', 'bench', 'rich.progress', 'diffusers'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "", done.stderr
     assert "compare" in run().stdout  # help
@@ -366,9 +410,15 @@ def test_the_command_line_stays_light() -> None:
 # The transformer and whole runs.
 
 
-@pytest.mark.parametrize(("here", "asked", "measured"), [(True, (), ["fp32", "bf16"]), (False, (), ["fp32"]), (False, ("bf16",), ["bf16"])])
+@pytest.mark.parametrize(
+    ("here", "asked", "measured"), [(True, (), ["fp32", "bf16"]), (False, (), ["fp32"]), (False, ("bf16",), ["bf16"])]
+)
 def test_bf16_in_software_is_measured_when_asked_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: bool, asked: tuple[str, ...], measured: list[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    here: bool,
+    asked: tuple[str, ...],
+    measured: list[str],
 ) -> None:
     monkeypatch.setattr(harness, "ONEDNN_BF16", here)
     options = harness.Options("cpu", dtypes=asked)
@@ -395,7 +445,9 @@ def test_the_dit_gate_sees_a_wrong_weight() -> None:
 
 
 def test_diffusers_keeps_in_float32_what_its_loader_keeps() -> None:
-    theirs = dit_models.their_model(dit_models.our_model(DiTConfig(48, 80, 2, 1, text_dim=24, freq_dim=32), torch.bfloat16, CPU))
+    theirs = dit_models.their_model(
+        dit_models.our_model(DiTConfig(48, 80, 2, 1, text_dim=24, freq_dim=32), torch.bfloat16, CPU)
+    )
     kept = {name for name, parameter in theirs.named_parameters() if parameter.dtype == torch.float32}
     assert "blocks.0.scale_shift_table" in kept and "condition_embedder.time_embedder.linear_1.weight" in kept
     assert theirs.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16 and theirs.rope.freqs_cos.dtype == torch.float32
@@ -418,7 +470,9 @@ def test_a_forward_is_scaled_from_two_depths() -> None:
 def test_random_weights_run_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of the 14B model, on a small one."""
     monkeypatch.setattr(run_e2e, "MODELS", {"small": DiTConfig(64, 128, 2, 2, text_dim=32)})
-    monkeypatch.setattr(run_e2e, "_UMT5", {"vocab_size": 4096, "d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 1})
+    monkeypatch.setattr(
+        run_e2e, "_UMT5", {"vocab_size": 4096, "d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 1}
+    )
     monkeypatch.setattr(run_e2e, "VAEConfig", lambda: VAEConfig(base_dim=8))
     monkeypatch.setattr(run_e2e, "SIZES", {"480p": (32, 48)})
     monkeypatch.setattr(run_e2e, "FRAMES", 5)

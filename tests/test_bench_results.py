@@ -42,7 +42,15 @@ def row(provider: str, median: float, spread: float = 0.1, **more: Any) -> dict[
 
 
 def ops_result(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"bench": "ops", "card": card(), "quick": False, "complete": True, "peaks": {"copy": {"gbps": 4300.0}}, "rows": list(rows), **more}
+    return {
+        "bench": "ops",
+        "card": card(),
+        "quick": False,
+        "complete": True,
+        "peaks": {"copy": {"gbps": 4300.0}},
+        "rows": list(rows),
+        **more,
+    }
 
 
 def write(path: Path, result: Any) -> str:
@@ -52,8 +60,13 @@ def write(path: Path, result: Any) -> str:
 
 
 def test_two_files_are_compared(tmp_path: Path) -> None:
-    before = write(tmp_path / "a.json", ops_result(row("pusa", 100.0), row("eager", 400.0), row("pusa[triton]", 100.0, 0.5), row("gone", 1.0)))
-    after = write(tmp_path / "b.json", ops_result(row("pusa", 50.0), row("eager", 440.0), row("pusa[triton]", 90.0, 0.5)))
+    before = write(
+        tmp_path / "a.json",
+        ops_result(row("pusa", 100.0), row("eager", 400.0), row("pusa[triton]", 100.0, 0.5), row("gone", 1.0)),
+    )
+    after = write(
+        tmp_path / "b.json", ops_result(row("pusa", 50.0), row("eager", 440.0), row("pusa[triton]", 90.0, 0.5))
+    )
     out = tmp_path / "c.json"
     answer = run("compare", before, after, "--out", str(out))
     assert answer.exit_code == 0, answer.stderr
@@ -62,7 +75,10 @@ def test_two_files_are_compared(tmp_path: Path) -> None:
     found = {r["name"].split()[-1]: r for r in result["rows"]}
     assert set(found) == {"pusa", "eager", "pusa[triton]"}
     assert (found["pusa"]["ratio"], found["pusa"]["verdict"]) == (0.5, "faster")
-    assert (found["pusa"]["low"], found["pusa"]["high"]) == (pytest.approx(45 / 110, rel=1e-3), pytest.approx(55 / 90, rel=1e-3))
+    assert (found["pusa"]["low"], found["pusa"]["high"]) == (
+        pytest.approx(45 / 110, rel=1e-3),
+        pytest.approx(55 / 90, rel=1e-3),
+    )
     assert found["pusa[triton]"]["verdict"] == "same" and found["eager"]["verdict"] == "same"
     assert result["drift"] == pytest.approx(1.1)
     slower = compare.ratios(compare.times(ops_result(row("pusa", 50.0))), compare.times(ops_result(row("pusa", 100.0))))
@@ -71,15 +87,30 @@ def test_two_files_are_compared(tmp_path: Path) -> None:
 
 def test_times_of_every_kind_of_result_are_found() -> None:
     spread = {"median": 2.0, "p20": 1.0, "p80": 3.0}
-    attention = {"op": "attention", "kind": "self", "direction": "forward", "shape": "s", "dtype": "bf16", "provider": "sdpa"}
+    attention = {
+        "op": "attention",
+        "kind": "self",
+        "direction": "forward",
+        "shape": "s",
+        "dtype": "bf16",
+        "provider": "sdpa",
+    }
     timed = {f"{key}_ms": value for key, value in spread.items()}
-    assert compare.times({"rows": [{**attention, **timed}]}) == {"attention self forward s bf16 sdpa": (0.002, 0.001, 0.003)}
+    assert compare.times({"rows": [{**attention, **timed}]}) == {
+        "attention self forward s bf16 sdpa": (0.002, 0.001, 0.003)
+    }
     assert compare.times({"bf16": {"seconds": {"pusa": spread}}}) == {"bf16 pusa": (2.0, 1.0, 3.0)}
-    e2e = {"forward": {"seconds": spread}, "runs": [{"run": "warm", "stages_s": {"decode": 4.0}}, {"run": "cold", "status": "failed"}]}
+    e2e = {
+        "forward": {"seconds": spread},
+        "runs": [{"run": "warm", "stages_s": {"decode": 4.0}}, {"run": "cold", "status": "failed"}],
+    }
     assert compare.times(e2e) == {"forward pusa": (2.0, 1.0, 3.0), "warm decode pusa": (4.0, 4.0, 4.0)}
     dit = {"rows": [{"shape": "s", "provider": "pusa", "forward": spread}], "bf16": {"speedup": 2.0}}
     assert compare.times(dit) == {"s pusa": (2.0, 1.0, 3.0)}
-    vae = {"bf16": {"decode": {"seconds": {"pusa": spread}}}, "rows": [{"direction": "encode", "shape": "s", "provider": "pusa", **timed}]}
+    vae = {
+        "bf16": {"decode": {"seconds": {"pusa": spread}}},
+        "rows": [{"direction": "encode", "shape": "s", "provider": "pusa", **timed}],
+    }
     assert compare.times(vae) == {"encode s pusa": (0.002, 0.001, 0.003), "bf16 decode pusa": (2.0, 1.0, 3.0)}
 
 
@@ -127,7 +158,9 @@ def test_another_version_is_imported_from_its_folder(tmp_path: Path) -> None:
 # Tables.
 
 
-def documents(root: Path, *results: dict[str, Any], text: str = "# T\n\n<!-- bench:ops -->\nold\n<!-- /bench:ops -->\ntail\n") -> Path:
+def documents(
+    root: Path, *results: dict[str, Any], text: str = "# T\n\n<!-- bench:ops -->\nold\n<!-- /bench:ops -->\ntail\n"
+) -> Path:
     for number, result in enumerate(results):
         write(root / "bench" / "results" / f"{number}.json", result)
     (root / "README.md").write_text(text)
@@ -148,7 +181,9 @@ def test_tables_are_made_from_results(tmp_path: Path) -> None:
     assert text.endswith("<!-- /bench:ops -->\ntail\n")
     assert "| `rms_norm` | 14b-480p bf16 | 123 (111-136) | 4000 | 93 % | 3.50x |" in text
     assert not [other for other in ("999", "777", "456") if f"| {other} (" in text]
-    assert text.index("NVIDIA H200") < text.index("Mill, 2 threads, AVX2") and "Incomplete: the run was cut short" in text
+    assert (
+        text.index("NVIDIA H200") < text.index("Mill, 2 threads, AVX2") and "Incomplete: the run was cut short" in text
+    )
     assert report.run(root=root)["changed"] == [] == report.run(check=True, root=root)["changed"]
     assert (root / "README.md").read_text() == text
 
@@ -158,7 +193,9 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
     root = documents(tmp_path, text=marked)
     report.run(root=root)
     empty = (root / "README.md").read_text()
-    assert empty.count("No results yet") == 7 and "Not compiled yet" in empty and "No GPU has measured these yet" in empty
+    assert (
+        empty.count("No results yet") == 7 and "Not compiled yet" in empty and "No GPU has measured these yet" in empty
+    )
 
     spread = {"median": 2.0, "p20": 1.0, "p80": 3.0}
     attention = {
@@ -167,35 +204,115 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
     }  # fmt: skip
     ratios = {"speedup": 1.7, "speedup_scalar": 1.2, "x_floor": 1.25, "peak_ratio": 0.6}
     sizes = {"blocks": 2, "shape": "1.3b-2k", "tokens": 2048, "frames": 4, "text_tokens": 512}
-    block = {"shape": "14b-480p", "provider": "pusa", "status": "ok", "block_ms": spread, "forward_s": 2.51, "peak_gib": 9.0}
+    block = {
+        "shape": "14b-480p",
+        "provider": "pusa",
+        "status": "ok",
+        "block_ms": spread,
+        "forward_s": 2.51,
+        "peak_gib": 9.0,
+    }
     clip = {"run": "warm", "status": "ok", "stages_s": {"text": 0.1, "decode": 1.3}, "total_s": 12.0, "peak_gib": 60.0}
     passes = {"decode": {**ratios, "x_floor_packed": 1.3, "ms_per_frame": {"pusa": 123.4}}}
     tiled = {
         "direction": "decode", "shape": "17x128x224", "dtype": "bf16", "provider": "pusa feather", "status": "ok", **{f"{k}_ms": v for k, v in spread.items()},
         "ms_per_frame": 0.12, "peak_mib": 80.0, "predicted_mib": 84.0, "psnr_pusa_db": 31.4, "seam": 1.07,
     }  # fmt: skip
-    large = {"direction": "decode", "shape": "81x720x1280", "dtype": "bf16", "provider": "diffusers", "status": "failed", "reason": "out of memory"}
+    large = {
+        "direction": "decode",
+        "shape": "81x720x1280",
+        "dtype": "bf16",
+        "provider": "diffusers",
+        "status": "failed",
+        "reason": "out of memory",
+    }
     forward = {"tokens": 32760, "seconds": spread, "x_roofline": 1.05, "roofline_s": {"total": 2.4}}
     named = {"quick": False, "complete": True}
     write(root / "bench/results/ops.json", ops_result(row("pusa", 1.0), card=card("NVIDIA H200")))
-    write(root / "bench/results/attention.json", {"bench": "attention", "card": card("NVIDIA H200"), "rows": [attention], **named})
-    write(root / "bench/results/dit.json", {"bench": "dit", "card": card(), "fp32": ratios, "bf16": ratios, **sizes, **named})
-    write(root / "bench/results/dit-gpu.json", {"bench": "dit", "card": card("NVIDIA H200"), "rows": [block], "scaling": "2 and 4 blocks timed", **named})
-    vae = {"bench": "vae", "clip": "17x128x224", "blend_speedup": 12.34, "rows": [tiled, {"provider": "x", "status": "skipped", "reason": "r"}], "fp32": passes}
+    write(
+        root / "bench/results/attention.json",
+        {"bench": "attention", "card": card("NVIDIA H200"), "rows": [attention], **named},
+    )
+    write(
+        root / "bench/results/dit.json",
+        {"bench": "dit", "card": card(), "fp32": ratios, "bf16": ratios, **sizes, **named},
+    )
+    write(
+        root / "bench/results/dit-gpu.json",
+        {"bench": "dit", "card": card("NVIDIA H200"), "rows": [block], "scaling": "2 and 4 blocks timed", **named},
+    )
+    vae = {
+        "bench": "vae",
+        "clip": "17x128x224",
+        "blend_speedup": 12.34,
+        "rows": [tiled, {"provider": "x", "status": "skipped", "reason": "r"}],
+        "fp32": passes,
+    }
     write(root / "bench/results/vae.json", {"card": card(), **vae, **named})
     for size in ("480p", "720p"):
         rows = [{**large, "shape": size}]
-        write(root / f"bench/results/vae-{size}.json", {"bench": "vae", "card": card("NVIDIA H200"), "rows": rows, "size": size, **named})
-    e2e = {"bench": "e2e", "card": card("NVIDIA H200"), "model": "wan2.1-t2v-14b", "random_weights": True, "size": "480p", "steps": 4}
+        write(
+            root / f"bench/results/vae-{size}.json",
+            {"bench": "vae", "card": card("NVIDIA H200"), "rows": rows, "size": size, **named},
+        )
+    e2e = {
+        "bench": "e2e",
+        "card": card("NVIDIA H200"),
+        "model": "wan2.1-t2v-14b",
+        "random_weights": True,
+        "size": "480p",
+        "steps": 4,
+    }
     write(root / "bench/results/e2e.json", {**e2e, "runs": [clip], "forward": forward, **named})
-    compiled = {"kernel": "k", "op": "rms_norm", "variant": "", "model": "14B", "warps": 4, "registers": 64, "spills": 0, "shared": 16}
-    write(root / "bench/results/ahead_of_time.json", [{**compiled, "arch": 100}, {**compiled, "arch": 90, "registers": 60}, {**compiled, "arch": 90, "registers": 65, "model": "nano"}])
-    drift = {"psnr_db": {"mean": 35.26, "min": 31.0}, "same_direction": {"mean": 0.75}, "end_apart_px": {"mean": 0.5, "max": 1.25}}
-    numerics = {"model": "nano", "clips_compared": 4, "emulated": True, "blocks": {"fp8": [0.0123, 0.034]}, "clips": {"fp8, t2v": drift}}
+    compiled = {
+        "kernel": "k",
+        "op": "rms_norm",
+        "variant": "",
+        "model": "14B",
+        "warps": 4,
+        "registers": 64,
+        "spills": 0,
+        "shared": 16,
+    }
+    write(
+        root / "bench/results/ahead_of_time.json",
+        [
+            {**compiled, "arch": 100},
+            {**compiled, "arch": 90, "registers": 60},
+            {**compiled, "arch": 90, "registers": 65, "model": "nano"},
+        ],
+    )
+    drift = {
+        "psnr_db": {"mean": 35.26, "min": 31.0},
+        "same_direction": {"mean": 0.75},
+        "end_apart_px": {"mean": 0.5, "max": 1.25},
+    }
+    numerics = {
+        "model": "nano",
+        "clips_compared": 4,
+        "emulated": True,
+        "blocks": {"fp8": [0.0123, 0.034]},
+        "clips": {"fp8, t2v": drift},
+    }
     write(root / "bench/results/numerics.json", {"bench": "numerics", "card": card(), **numerics, **named})
-    step = {"seconds": {"pusa": spread, "reference": spread}, "peak_mib": {"pusa": 244.1, "reference": 338.4}, "planned_step_mib": 244.3}
-    write(root / "bench/results/train.json", {"bench": "train", "card": card(), "batch": 32, "rank": 16, "tokens": 2560, "speedup": 1.413, **step, **named})
-    gpu = {"size": "480p", "layers": 40, "rank": 512, "seconds": spread, "peak_gib": 101.5, "planned_gib": 100.0, "mfu": 0.45}
+    step = {
+        "seconds": {"pusa": spread, "reference": spread},
+        "peak_mib": {"pusa": 244.1, "reference": 338.4},
+        "planned_step_mib": 244.3,
+    }
+    write(
+        root / "bench/results/train.json",
+        {"bench": "train", "card": card(), "batch": 32, "rank": 16, "tokens": 2560, "speedup": 1.413, **step, **named},
+    )
+    gpu = {
+        "size": "480p",
+        "layers": 40,
+        "rank": 512,
+        "seconds": spread,
+        "peak_gib": 101.5,
+        "planned_gib": 100.0,
+        "mfu": 0.45,
+    }
     write(root / "bench/results/train-gpu.json", {"bench": "train", "card": card("NVIDIA H200"), **gpu, **named})
     report.run(root=root)
     full = (root / "README.md").read_text()
@@ -244,7 +361,10 @@ def test_bad_markers_are_named(tmp_path: Path, text: str, message: str) -> None:
 def test_check_fails_where_a_table_is_out_of_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "run", lambda check: {"bench": "report", "changed": ["README.md"]})
     result = run("report", "--check")
-    assert (result.exit_code, result.stdout) == (2, "") and "out of date: README.md: run pusa-fast bench report" in result.stderr
+    assert (result.exit_code, result.stdout) == (
+        2,
+        "",
+    ) and "out of date: README.md: run pusa-fast bench report" in result.stderr
 
 
 def test_the_tables_of_this_checkout_are_up_to_date() -> None:

@@ -22,7 +22,9 @@ from pusa_fast.ops import products
 
 CPU = torch.device("cpu")
 TINY = VAEConfig(base_dim=8)
-harness, run_vae, models, variants, quality = (command.load(name) for name in ("harness", "run_vae", "vae_models", "vae_variants", "vae_quality"))
+harness, run_vae, models, variants, quality = (
+    command.load(name) for name in ("harness", "run_vae", "vae_models", "vae_variants", "vae_quality")
+)
 Candidate, Clip = variants.Candidate, models.Clip
 SMALL = Clip(5, 32, 48, tile=(3, 4), stride=(2, 3))
 
@@ -133,7 +135,8 @@ def test_the_floor_computes_every_convolution_once(vae: WanVAE, direction: str) 
     with FlopCounterMode(display=False) as floor:
         models.floor_call(layers)()
     counted = [
-        sum(n for op, n in mode.get_flop_counts()["Global"].items() if "convolution" in str(op)) for mode in (real, floor)
+        sum(n for op, n in mode.get_flop_counts()["Global"].items() if "convolution" in str(op))
+        for mode in (real, floor)
     ]
     assert counted[0] == counted[1] == sum(layer.flops for layer in layers)
 
@@ -160,8 +163,16 @@ def test_packed_convolutions_compute_the_same(vae: WanVAE) -> None:
 
 def test_large_convolutions_are_cut_along_the_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "_PIECE", 4 * 3 * 5 * 5)
-    causal, halves, picture = nn.Conv3d(3, 2, 3, padding=(0, 1, 1)), nn.Conv3d(3, 2, (3, 1, 1), stride=(2, 1, 1)), nn.Conv2d(3, 2, 3)
-    for module, size, frames in ((causal, (1, 3, 9, 5, 5), [4, 4, 4, 3]), (halves, (1, 3, 9, 5, 5), [3, 3, 3, 3]), (picture, (9, 3, 5, 5), [4, 4, 1])):
+    causal, halves, picture = (
+        nn.Conv3d(3, 2, 3, padding=(0, 1, 1)),
+        nn.Conv3d(3, 2, (3, 1, 1), stride=(2, 1, 1)),
+        nn.Conv2d(3, 2, 3),
+    )
+    for module, size, frames in (
+        (causal, (1, 3, 9, 5, 5), [4, 4, 4, 3]),
+        (halves, (1, 3, 9, 5, 5), [3, 3, 3, 3]),
+        (picture, (9, 3, 5, 5), [4, 4, 1]),
+    ):
         layer = models.Layer(module, size)
         pieces = list(layer.pieces())
         assert [piece[0 if len(size) == 4 else 2] for piece in pieces] == frames
@@ -194,7 +205,9 @@ def test_the_seam_metric_by_hand() -> None:
     columns = torch.arange(6.0)
     columns[4:] += 5
     error = columns.expand(1, 1, 2, 6)
-    assert quality.seam(error, (), (4,)) == pytest.approx(6 / (4 * 2 / (4 * 2 + 6)))  # six vertical neighbours do not differ
+    assert quality.seam(error, (), (4,)) == pytest.approx(
+        6 / (4 * 2 / (4 * 2 + 6))
+    )  # six vertical neighbours do not differ
     assert quality.seam(error.mT, (4,), ()) == quality.seam(error, (), (4,))
     assert quality.seam(error, (), (2,)) < 1
     smooth = torch.arange(6.0).expand(1, 1, 6, 6) + torch.arange(6.0)[:, None]
@@ -231,13 +244,20 @@ def test_what_goes_wrong_is_a_finding_and_not_timed() -> None:
         )
     }  # fmt: skip
     assert "diffusers tiled" not in rows and "tiled" not in called
-    assert "computes something else" in rows["wrong"]["reason"] and rows["large"]["reason"].startswith("OutOfMemoryError: CUDA out of memory. Tried")
+    assert "computes something else" in rows["wrong"]["reason"] and rows["large"]["reason"].startswith(
+        "OutOfMemoryError: CUDA out of memory. Tried"
+    )
     assert rows["absent"] == {"provider": "absent", "status": "skipped", "reason": "not built"}
-    assert {name for name, row in rows.items() if row["status"] == "ok"} == {name for name, row in rows.items() if "median_ms" in row}
+    assert {name for name, row in rows.items() if row["status"] == "ok"} == {
+        name for name, row in rows.items() if "median_ms" in row
+    }
     assert called.count("wrong") == 1 and called.count("pusa") == 4  # value, peak, two rounds
     blended = rows["blended"]
     assert blended["psnr_pusa_db"] == pytest.approx(40, abs=0.01) == blended["psnr_diffusers_db"]
-    assert blended["ms_per_frame"] == pytest.approx(blended["median_ms"] / 2, rel=1e-3) and {"over_pusa", "over_diffusers", "seam"} <= blended.keys()
+    assert (
+        blended["ms_per_frame"] == pytest.approx(blended["median_ms"] / 2, rel=1e-3)
+        and {"over_pusa", "over_diffusers", "seam"} <= blended.keys()
+    )
     assert "over_pusa" not in rows["pusa"] and rows["pusa"]["n"] == 2
 
 
@@ -281,7 +301,10 @@ def test_the_size_of_a_chunk_is_set_for_the_call_only() -> None:
     assert [c.name for c in found] == ["pusa chunks of 1 MiB", "pusa chunks of 2 MiB"]
     assert [c.call() for c in found] == [1 << 20, 1 << 21] and able.chunk_bytes is None
     unable = SimpleNamespace(decode=None)
-    assert all(c.call is None and "no chunk_bytes" in c.reason for c in variants.chunk_sizes(unable, "decode", torch.empty(0), clip))
+    assert all(
+        c.call is None and "no chunk_bytes" in c.reason
+        for c in variants.chunk_sizes(unable, "decode", torch.empty(0), clip)
+    )
 
 
 def test_predicted_peaks_stand_beside_measured_ones(monkeypatch: pytest.MonkeyPatch, vae: WanVAE) -> None:
@@ -307,8 +330,14 @@ def test_a_quick_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in ("fp32", "bf16"):
         for direction in ("decode", "encode"):
             own = result[dtype][direction]
-            assert {"speedup", "x_floor", "peak_ratio"} <= own.keys() and "meets" not in own, "not the size that was promised"
-            assert own["seconds"].keys() == own["gflops"].keys() == {"pusa", "diffusers", "floor"} | ({"floor packed"} if dtype == "bf16" else set())
+            assert {"speedup", "x_floor", "peak_ratio"} <= own.keys() and "meets" not in own, (
+                "not the size that was promised"
+            )
+            assert (
+                own["seconds"].keys()
+                == own["gflops"].keys()
+                == {"pusa", "diffusers", "floor"} | ({"floor packed"} if dtype == "bf16" else set())
+            )
             assert own["peak_mib"]["pusa"] / own["peak_mib"]["diffusers"] == pytest.approx(own["peak_ratio"], rel=1e-2)
             assert own["ms_per_frame"]["pusa"] == pytest.approx(own["seconds"]["pusa"]["median"] * 1e3 / 5, rel=1e-2)
     assert (result["blend_speedup"], result["blend"]["quick"], result["clip"]) == (12.5, True, "5x32x48")
@@ -342,7 +371,9 @@ def test_the_path_of_a_gpu_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         measured(run_vae._run_cuda, dtypes=("fp32", "bf16"))
 
 
-def test_out_of_time_is_said_and_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_out_of_time_is_said_and_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(run_vae, "_models", lambda *_: pytest.fail("a model was made"))
     pretend(monkeypatch, "bench.vae_blend", run=lambda quick: pytest.fail("blending was measured"))
     result = measured(run_vae.run, seconds=1e-9)
@@ -352,7 +383,9 @@ def test_out_of_time_is_said_and_nothing_is_measured(monkeypatch: pytest.MonkeyP
 
 def test_blending_that_is_not_there_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     real = run_vae.importlib.util.find_spec
-    monkeypatch.setattr(run_vae.importlib.util, "find_spec", lambda name: None if name == "bench.vae_blend" else real(name))
+    monkeypatch.setattr(
+        run_vae.importlib.util, "find_spec", lambda name: None if name == "bench.vae_blend" else real(name)
+    )
     recorder = harness.Recorder("vae", harness.Options(), CPU)
     run_vae._blend(recorder, True)
     assert recorder.result["blend_speedup"] is None and recorder.result["blend"]["status"] == "missing"
@@ -363,7 +396,10 @@ def test_what_was_promised_of_the_vae(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(run_vae.meets("fp32", good).values())
     for name, value in (("speedup", 1.29), ("x_floor", 1.26), ("peak_ratio", 1.0)):
         assert not run_vae.meets("fp32", {**good, name: value})[name.removesuffix("_ratio")]
-    assert not run_vae.meets("bf16", {**good, "speedup": 1.59})["speedup"] and run_vae.meets("bf16", {**good, "speedup": 1.6})["speedup"]
+    assert (
+        not run_vae.meets("bf16", {**good, "speedup": 1.59})["speedup"]
+        and run_vae.meets("bf16", {**good, "speedup": 1.6})["speedup"]
+    )
     pretend(monkeypatch, "bench.vae_blend", run=lambda quick: {"blend_speedup": 9.9})
     recorder = harness.Recorder("vae", harness.Options(), CPU)
     run_vae._blend(recorder, False)
@@ -383,6 +419,10 @@ def test_figures_by_hand() -> None:
     seconds = {"pusa": [2.0, 2.0], "diffusers": [3.0, 3.0], "floor": [1.6, 1.6], "floor packed": [1.0, 1.0]}
     layers = [models.Layer(nn.Conv2d(3, 2, 3), (9, 3, 5, 5))]  # 2 * 9 frames * 3x3 places * 3x3 taps * 3 * 2 channels
     found = run_vae._figures(seconds, {"pusa": 100 << 20, "diffusers": 200 << 20}, layers, SMALL, 110 << 20)
-    assert [found[name] for name in ("speedup", "x_floor", "x_floor_packed", "peak_ratio", "predicted_over_measured_peak")] == [1.5, 1.25, 2, 0.5, 1.1]
+    assert [
+        found[name] for name in ("speedup", "x_floor", "x_floor_packed", "peak_ratio", "predicted_over_measured_peak")
+    ] == [1.5, 1.25, 2, 0.5, 1.1]
     assert found["ms_per_frame"]["pusa"] == 400 and found["gflops"]["floor packed"] == pytest.approx(8748e-9, rel=1e-3)
-    assert found["peak_mib"] == {"pusa": 100, "diffusers": 200} and "speedup" not in run_vae._figures({"pusa": [1.0], "floor": [1.0]}, {"pusa": 1}, layers, SMALL, None)
+    assert found["peak_mib"] == {"pusa": 100, "diffusers": 200} and "speedup" not in run_vae._figures(
+        {"pusa": [1.0], "floor": [1.0]}, {"pusa": 1}, layers, SMALL, None
+    )

@@ -49,7 +49,9 @@ def write_inputs(folder: Path) -> None:
     (folder / "cut.png").write_bytes(data[: len(data) // 2])
     (folder / "text.png").write_text("this is no picture")
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0))
-    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000))) + png_chunk(b"IEND", b""))
+    (folder / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000))) + png_chunk(b"IEND", b"")
+    )
     for name in ("cut.json", "list.json"):
         (folder / name).write_text({"cut.json": '{"format": "pusa', "list.json": "[1]"}[name])
     record = {"format": "pusa-fast clip 1", "prompt": "x", "model": "tiny"}
@@ -244,7 +246,9 @@ class StubPipeline:
     def __init__(self, during: Callable[[int], None]) -> None:
         self.during, self.last_run, self.calls = during, {"seconds": {"denoise": 0.0}}, 0
 
-    def __call__(self, prompt: str, *, num_frames: int, height: int, width: int, steps: int, callback: Any, **_: object) -> Tensor:
+    def __call__(
+        self, prompt: str, *, num_frames: int, height: int, width: int, steps: int, callback: Any, **_: object
+    ) -> Tensor:
         self.calls += 1
         callback(1, steps, None)
         self.during(self.calls)
@@ -268,12 +272,16 @@ def raising(error: BaseException, call: int = 1) -> Callable[[int], None]:
     [
         torch.OutOfMemoryError("out of memory in decode on cpu: use tiling='auto', or a smaller height and width"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
         MemoryError(),
     ],
 )
-def test_out_of_memory_names_the_options_that_help(here: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_out_of_memory_names_the_options_that_help(
+    here: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     before = files(here)
     stub(monkeypatch, raising(error))
     assert is_answered(run(*GENERATE), ["out of memory", "--tiling auto", "--size", "--frames"])
@@ -288,7 +296,9 @@ def test_interrupted_while_denoising(here: Path, monkeypatch: pytest.MonkeyPatch
     assert files(here) == before
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left on device"), 2)])
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left on device"), 2)]
+)
 @pytest.mark.parametrize("out", ["clip.mp4", "clip.gif", "clip/"])
 def test_interrupted_or_out_of_space_while_writing(
     here: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, out: str
@@ -361,6 +371,8 @@ def test_the_program_answers_in_one_line(here: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     defect = "import sys, pusa_fast.cli as c; c.app = 3; sys.argv = ['pusa-fast']; c.main()"
     commands = [["-m", "pusa_fast.cli", *GENERATE, "--frames", "16"], ["-c", defect]]
-    runs = [subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment) for words in commands]
+    runs = [
+        subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment) for words in commands
+    ]
     assert [(done.returncode, done.stdout, done.stderr.count("\n")) for done in runs] == [(2, "", 1), (1, "", 1)]
     assert runs[1].stderr.startswith("internal error: ")

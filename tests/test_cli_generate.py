@@ -40,7 +40,9 @@ def save_tokenizer(folder: Path) -> None:
     core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
 
 
 def save_lora(path: Path, dim: int) -> None:
@@ -56,7 +58,9 @@ def save_lora(path: Path, dim: int) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     folder.mkdir()
-    dit = DiTConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=16)
+    dit = DiTConfig(
+        dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=16
+    )
     vae = VAEConfig(base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
     checkpoint.save(folder / "dit.safetensors", keymap.unpack(random_weights(WanDiT(dit))), dit)
     checkpoint.save(folder / "vae.safetensors", random_weights(WanVAE(vae)), vae)
@@ -125,28 +129,61 @@ def test_image_to_video_writes_clip_sheet_and_record(model: Path, here: Path) ->
     ]  # fmt: skip
     record = json.loads((here / "clip.json").read_text())
     assert record["conditions"] == [entry(here / "first.png", 0, 0.2)]
-    assert record | {**DEFAULTS, "seed": 0, "compat": "reference", "fit": "crop", "tiling": "whole", "lora": None} == record
-    assert (record["task"], record["model"], record["device"], record["dtype"]) == ("image-to-video", str(model), "cpu", "float32")
+    assert (
+        record | {**DEFAULTS, "seed": 0, "compat": "reference", "fit": "crop", "tiling": "whole", "lora": None}
+        == record
+    )
+    assert (record["task"], record["model"], record["device"], record["dtype"]) == (
+        "image-to-video",
+        str(model),
+        "cpu",
+        "float32",
+    )
     assert record["prompt"] == "a red circle moves right"
     assert record["versions"]["torch"].startswith("2.")
     weights = hashlib.sha256((model / "dit.safetensors").read_bytes()).hexdigest()
     assert record["hashes"]["model"]["dit.safetensors"] == weights
-    assert {"lora.safetensors", "tokenizer/tokenizer.json", "text_encoder/model.safetensors"} <= set(record["hashes"]["model"])
+    assert {"lora.safetensors", "tokenizer/tokenizer.json", "text_encoder/model.safetensors"} <= set(
+        record["hashes"]["model"]
+    )
 
 
 def test_the_clip_is_what_the_pipeline_gives_and_comes_again(model: Path, here: Path) -> None:
-    assert run("a red circle", "--model", model, "--image", picture(here / "first.png"), "--seed", "3", "--out", "a/").exit_code == 0
+    assert (
+        run(
+            "a red circle", "--model", model, "--image", picture(here / "first.png"), "--seed", "3", "--out", "a/"
+        ).exit_code
+        == 0
+    )
     pipe = Pipeline.from_pretrained(model)
     expected = pipe("a red circle", conditions=[Condition(here / "first.png")], seed=3)
     assert torch.equal(video.read_video("a"), expected)
-    assert run("a red circle", "--model", model, "--image", here / "first.png", "--seed", "3", "--out", "b/").exit_code == 0
+    assert (
+        run("a red circle", "--model", model, "--image", here / "first.png", "--seed", "3", "--out", "b/").exit_code
+        == 0
+    )
     assert torch.equal(video.read_video("b"), expected)
 
 
 def test_from_makes_the_clip_again_and_options_win(model: Path, here: Path) -> None:
     picture(here / "first.png")
     picture(here / "last.png", 200)
-    more = ("--end-image", "last.png", "--end-noise", "0.4", "--steps", "3", "--guidance", "1", "--seed", "9", "--lora", "none", "--fit", "pad")
+    more = (
+        "--end-image",
+        "last.png",
+        "--end-noise",
+        "0.4",
+        "--steps",
+        "3",
+        "--guidance",
+        "1",
+        "--seed",
+        "9",
+        "--lora",
+        "none",
+        "--fit",
+        "pad",
+    )
     record = make(model, "--image", "first.png", *more)
     assert record["task"] == "start-end"
     assert record["conditions"] == [entry(here / "first.png", 0, 0.0), entry(here / "last.png", -1, 0.4)]
@@ -221,14 +258,32 @@ def test_extension_goes_on_from_the_last_frames(model: Path, here: Path) -> None
 def test_extension_repeats_the_last_noise() -> None:
     plan = plan_media(Inputs(extend="x.mp4", overlap=25), 81)
     assert plan.conditions[0].noise == (0.0, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5)
-    assert plan_media(Inputs(extend="x.mp4", overlap=13, keep_noise="0.1,0.2"), 81).conditions[0].noise == (0.1, 0.2, 0.2, 0.2)
+    assert plan_media(Inputs(extend="x.mp4", overlap=13, keep_noise="0.1,0.2"), 81).conditions[0].noise == (
+        0.1,
+        0.2,
+        0.2,
+        0.2,
+    )
 
 
 def test_transition_joins_two_clips(model: Path, here: Path) -> None:
     first, second = clip(10), clip(12, shade=60)
     video.write_video("first/", first, FPS)
     video.write_video("second/", second, FPS)
-    command = ("a red circle", "--model", model, "--transition", "first", "second", "--ends", "2", "--frames", "25", "--out", "joined/")
+    command = (
+        "a red circle",
+        "--model",
+        model,
+        "--transition",
+        "first",
+        "second",
+        "--ends",
+        "2",
+        "--frames",
+        "25",
+        "--out",
+        "joined/",
+    )
     result = run(*command)
     assert result.exit_code == 0, result.output
     record = json.loads((here / "joined.json").read_text())
@@ -254,13 +309,22 @@ def test_transition_of_a_clip_into_itself(model: Path, here: Path) -> None:
 def test_media_of_another_size_are_fitted(model: Path, here: Path) -> None:
     frames = clip(13, size=(96, 32))
     video.write_video("wide/", frames, FPS)
-    assert run("a red circle", "--model", model, "--extend", "wide", "--overlap", "5", "--fit", "pad", "--out", "long/").exit_code == 0
+    assert (
+        run(
+            "a red circle", "--model", model, "--extend", "wide", "--overlap", "5", "--fit", "pad", "--out", "long/"
+        ).exit_code
+        == 0
+    )
     assert torch.equal(video.read_video("long")[:13], video.fit(frames, (48, 32), "pad"))
 
 
 def test_lora_by_path_replaces_the_models_own(model: Path, here: Path) -> None:
     made = {}
-    for name, words in {"own": (), "none": ("--lora", "none"), "twice": ("--lora", f"{model}/lora.safetensors:2")}.items():
+    for name, words in {
+        "own": (),
+        "none": ("--lora", "none"),
+        "twice": ("--lora", f"{model}/lora.safetensors:2"),
+    }.items():
         assert run("a red circle", "--model", model, *words, "--out", f"{name}/").exit_code == 0
         made[name] = video.read_video(name)
     assert not torch.equal(made["own"], made["none"])
@@ -280,9 +344,21 @@ def test_a_lora_for_another_model_is_refused(model: Path, here: Path) -> None:
     assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [("--size", "32x64"), ("--tiling", "feather"), ("--tiling", "exact"), ("--tiling", "auto"), ("--compat", "exact"), ("--dtype", "bfloat16")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--size", "32x64"),
+        ("--tiling", "feather"),
+        ("--tiling", "exact"),
+        ("--tiling", "auto"),
+        ("--compat", "exact"),
+        ("--dtype", "bfloat16"),
+    ],
+)
 def test_other_settings_are_recorded(model: Path, here: Path, words: tuple[str, str]) -> None:
-    record = make(model, *words, "--frames", "5", "--fps", "12", "--negative", "gray", "--shift", "5", "--attention", "sdpa")
+    record = make(
+        model, *words, "--frames", "5", "--fps", "12", "--negative", "gray", "--shift", "5", "--attention", "sdpa"
+    )
     assert (record["num_frames"], record["fps"], record["negative_prompt"], record["shift"]) == (5, 12.0, "gray", 5.0)
     name, value = words[0].removeprefix("--"), words[1]
     assert (f"{record['width']}x{record['height']}" if name == "size" else record[name]) == value

@@ -11,7 +11,9 @@ from pusa_fast import DiTConfig, WanDiT
 from pusa_fast.model.fp8 import quantize
 from pusa_fast.testing import make_input, relative_error
 
-CONFIG = DiTConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=16)
+CONFIG = DiTConfig(
+    dim=32, ffn_dim=48, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=16
+)
 
 
 @pytest.fixture(autouse=True)

@@ -95,7 +95,10 @@ def test_each_condition_is_noised_once_with_its_own_slice(compat: str) -> None:
 def test_a_clean_latent_is_copied_bit_for_bit() -> None:
     resolved = plan(Condition("a", 1))
     schedule = lift(sigma_grid(4, 5.0), resolved.multipliers)
-    noise, z = torch.full((1, 2, 5, 2, 2), float("inf")), torch.tensor([-0.0, 1e-40, 3.0, -7.5]).view(1, 2, 2).expand(2, 2, 2)
+    noise, z = (
+        torch.full((1, 2, 5, 2, 2), float("inf")),
+        torch.tensor([-0.0, 1e-40, 3.0, -7.5]).view(1, 2, 2).expand(2, 2, 2),
+    )
     latents = initial_latents(noise, schedule, resolved.placements, {1: z})
     assert torch.equal(latents[0, :, 1].view(torch.int32), z.contiguous().view(torch.int32))
 

@@ -31,7 +31,9 @@ def load_recorded(golden: Golden, meta: Mapping[str, Any]) -> Pipeline:
         dim=d["dim"], ffn_dim=d["ffn_dim"], num_heads=d["num_heads"], num_layers=d["num_layers"], in_channels=d["in_dim"],
         out_channels=d["out_dim"], text_dim=d["text_dim"], freq_dim=d["freq_dim"], patch_size=d["patch_size"], eps=d["eps"],
     )  # fmt: skip
-    vae_config = VAEConfig(base_dim=v["dim"], z_dim=v["z_dim"], dim_mult=v["dim_mult"], num_res_blocks=v["num_res_blocks"])
+    vae_config = VAEConfig(
+        base_dim=v["dim"], z_dim=v["z_dim"], dim_mult=v["dim_mult"], num_res_blocks=v["num_res_blocks"]
+    )
     return Pipeline(
         dit=load_dit(golden("dit_weights"), config=dit_config), vae=load_vae(golden("vae_weights"), config=vae_config)
     )
@@ -108,7 +110,9 @@ def test_tiles_that_cover_the_clip_change_nothing(
 # One break each. They replace a function by one that errs as a careless rewrite would.
 
 
-def _misplaced(noise: Tensor, schedule: Schedule, placements: Sequence[Placement], clean: Mapping[int, Tensor]) -> Tensor:
+def _misplaced(
+    noise: Tensor, schedule: Schedule, placements: Sequence[Placement], clean: Mapping[int, Tensor]
+) -> Tensor:
     latents = noise.clone()
     for p in placements:
         level = schedule.sigmas[0, p.latent]
@@ -116,7 +120,9 @@ def _misplaced(noise: Tensor, schedule: Schedule, placements: Sequence[Placement
     return latents
 
 
-def _wrong_slice(noise: Tensor, schedule: Schedule, placements: Sequence[Placement], clean: Mapping[int, Tensor]) -> Tensor:
+def _wrong_slice(
+    noise: Tensor, schedule: Schedule, placements: Sequence[Placement], clean: Mapping[int, Tensor]
+) -> Tensor:
     latents = noise.clone()
     for p in placements:
         level = schedule.sigmas[0, p.latent]

@@ -15,7 +15,9 @@ from pusa_fast.model.linear import add_lora
 from pusa_fast.testing import make_input, relative_error
 from pusa_fast.weights import apply_lora
 
-CONFIG = DiTConfig(dim=64, ffn_dim=160, num_heads=2, num_layers=3, in_channels=4, out_channels=4, text_dim=24, freq_dim=32)
+CONFIG = DiTConfig(
+    dim=64, ffn_dim=160, num_heads=2, num_layers=3, in_channels=4, out_channels=4, text_dim=24, freq_dim=32
+)
 E4M3_STEP = 2.0**-4  # relative, half a step: three bits of mantissa
 
 
@@ -54,7 +56,9 @@ def test_a_linear_is_the_product_of_its_rounded_rows() -> None:
 
 def test_the_blocks_products_are_quantised_and_nothing_else(exact: WanDiT, lossy: WanDiT) -> None:
     kinds = {name: type(m) for name, m in lossy.named_modules() if isinstance(m, (torch.nn.Linear, FP8Linear))}
-    block = {name.removeprefix("blocks.1.") for name, kind in kinds.items() if kind is FP8Linear and "blocks.1." in name}
+    block = {
+        name.removeprefix("blocks.1.") for name, kind in kinds.items() if kind is FP8Linear and "blocks.1." in name
+    }
     assert block == {"self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"}
     assert sum(kind is FP8Linear for kind in kinds.values()) == 6 * CONFIG.num_layers
     assert kinds["blocks.0.cross_attn.kv"] is Linear and kinds["head.head"] is Linear
@@ -118,7 +122,10 @@ def test_what_cannot_be_quantised_is_refused(exact: WanDiT, lossy: WanDiT) -> No
 
 
 def test_a_lora_comes_too_late(lossy: WanDiT) -> None:
-    lora = {f"blocks.0.self_attn.q.lora_{m}.default.weight": torch.zeros(2, 64).t() if m == "B" else torch.zeros(2, 64) for m in "AB"}
+    lora = {
+        f"blocks.0.self_attn.q.lora_{m}.default.weight": torch.zeros(2, 64).t() if m == "B" else torch.zeros(2, 64)
+        for m in "AB"
+    }
     with pytest.raises(ValueError, match=r"is quantised \(fp8\), its exact weight is gone: put LoRAs on first"):
         apply_lora(lossy, lora)
     with pytest.raises(ValueError, match="is quantised to fp8, for inference only"):
@@ -127,7 +134,10 @@ def test_a_lora_comes_too_late(lossy: WanDiT) -> None:
 
 def test_a_lora_that_keeps_its_base_is_refused(exact: WanDiT) -> None:
     dit = copy.deepcopy(exact)
-    lora = {f"blocks.0.self_attn.o.lora_{m}.default.weight": torch.zeros(2, 64).t() if m == "B" else torch.zeros(2, 64) for m in "AB"}
+    lora = {
+        f"blocks.0.self_attn.o.lora_{m}.default.weight": torch.zeros(2, 64).t() if m == "B" else torch.zeros(2, 64)
+        for m in "AB"
+    }
     handle = apply_lora(dit, lora)
     with pytest.raises(ValueError, match="apply it with keep_base=False"):
         quantize(dit, emulate=True)

@@ -143,7 +143,9 @@ def test_gradients_of_adapters_on_a_packed_layer(dtype: torch.dtype, tokens: int
         leaf, own = x.to(precision).requires_grad_(), [m.detach().to(precision).requires_grad_() for m in matrices]
         y = torch.nn.functional.linear(leaf, layer.weight.to(precision), layer.bias.to(precision))
         for (A, B), a in zip((own[:2], own[2:]), adapted.adapters.values(), strict=True):
-            y = torch.cat([y[..., : a.rows.start], y[..., a.rows] + 1.5 * (leaf @ A.T) @ B.T, y[..., a.rows.stop :]], dim=-1)
+            y = torch.cat(
+                [y[..., : a.rows.start], y[..., a.rows] + 1.5 * (leaf @ A.T) @ B.T, y[..., a.rows.stop :]], dim=-1
+            )
         return [y.detach(), *torch.autograd.grad(y, [leaf, *own], dy.to(precision))]
 
     leaf = x.clone().requires_grad_()

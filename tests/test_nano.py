@@ -96,7 +96,16 @@ def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path: Path) -> None:
             return (model(x) - x.flip(1)).square().mean()
 
         stage.SAVE_EVERY = -1.0  # after every step
-        stage.train("toy", {"model": model}, [torch.optim.AdamW(model.parameters(), lr=0.01)], loss, 12, folder, plan=plan, log_every=4)
+        stage.train(
+            "toy",
+            {"model": model},
+            [torch.optim.AdamW(model.parameters(), lr=0.01)],
+            loss,
+            12,
+            folder,
+            plan=plan,
+            log_every=4,
+        )
         return model.weight.detach()
 
     whole = run(tmp_path / "whole", None)

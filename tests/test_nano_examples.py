@@ -40,7 +40,9 @@ def load() -> Iterator[Any]:
         del sys.modules[name]
 
 
-def test_a_share_of_backgrounds_are_photographs_and_one_of_them_is_held_out(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_of_backgrounds_are_photographs_and_one_of_them_is_held_out(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("skimage")
     data, photos = load("data"), load("photos")
     opened: list[str] = []
@@ -63,12 +65,17 @@ def test_a_shape_moves_before_a_photograph_that_stays(load: Any) -> None:
     scene = sprites.Scene("circle", "red", "small", "right", "slowly", "gray", 20.0, 32.0)
     photo = load("photos").crop(64, torch.Generator().manual_seed(1))
     assert photo.shape == (64, 64, 3) and photo.min() >= 0 and photo.max() <= 255
-    moving, still, plain = data.render([data.Sample(scene, photo), data.Sample(scene, photo, still=True), data.Sample(scene)])
+    moving, still, plain = data.render(
+        [data.Sample(scene, photo), data.Sample(scene, photo, still=True), data.Sample(scene)]
+    )
     assert torch.equal(still[0], still[16]) and (still[0].float() - photo).abs().max() <= 1
     changed = (moving[0] != moving[16]).any(-1)
     assert 0 < changed.sum() < 64 * 64 / 3 and torch.equal(moving[0, 0], still[0, 0])
     assert sprites.measure(plain).direction == "right"
-    assert "on a photo background" in data.caption(data.Sample(scene, photo)) and data.caption(data.Sample(scene, photo, True)) == "a still photo"
+    assert (
+        "on a photo background" in data.caption(data.Sample(scene, photo))
+        and data.caption(data.Sample(scene, photo, True)) == "a still photo"
+    )
     assert "on a gray background" in data.caption(data.Sample(scene))
 
 
@@ -113,7 +120,9 @@ def test_a_run_by_two_processes(load: Any, tiny: Any, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("code", "steps"), [(0, 2), (0, 3), (1, 2)])
-def test_what_a_run_by_two_processes_leaves(load: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, code: int, steps: int) -> None:
+def test_what_a_run_by_two_processes_leaves(
+    load: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, code: int, steps: int
+) -> None:
     """Beside a stand-in for torchrun, which has taken two of the steps."""
     launch, settings = load("launch"), tiny.config(steps=steps)
     train(settings.model_copy(update={"steps": 2}))
@@ -155,7 +164,12 @@ class Inline(Executor):
 
 def _scores(path_px: tuple[float, float]) -> Any:
     t2v = {f"{name} right %": [50.0, 70.0] for name in ("direction", "colour", "shape")}
-    i2v = {"direction right %": [50.0, 70.0], "colour kept %": [50.0, 70.0], "shape kept to the end %": [50.0, 70.0], "centroid error px": [*path_px]}
+    i2v = {
+        "direction right %": [50.0, 70.0],
+        "colour kept %": [50.0, 70.0],
+        "shape kept to the end %": [50.0, 70.0],
+        "centroid error px": [*path_px],
+    }
     return {"text-to-video": t2v, "image-to-video, noise 0": i2v}
 
 
@@ -186,14 +200,24 @@ def test_ablation_trains_and_scores_what_is_missing(load: Any, tmp_path: Path, m
     rows = work()
     run = f"fully-random-0-{ablate.base()}"  # another base trains anew
     assert [steps for name, steps, _ in trained if name == run] == [150, 450, 750, 900, 1200]
-    assert len(rows.all) == len(scored) == 1 + sum(len(list(ablate.wanted(r, 0, i))) for r in ablate.RUNS for i in r.iterations)
+    assert (
+        len(rows.all)
+        == len(scored)
+        == 1 + sum(len(list(ablate.wanted(r, 0, i))) for r in ablate.RUNS for i in r.iterations)
+    )
     assert {batch for _, _, batch in trained} == {8}
     weights = str(tmp_path / run / "weights-150.safetensors")
     assert [m.lora for m in scored if m.lora and weights in m.lora] == [{weights: s} for s in ablate.STRENGTHS]
     assert any(m.folder == str(tmp_path / f"all-weights-{run}" / "weights-900") and m.lora == {} for m in scored)
     row = json.loads((tmp_path / "rows.json").read_text())[0]
     # Image-to-video: three measures of 60, and one clip of two near enough to the true path.
-    assert (row["quality"], row["i2v path"], row["i2v"], row["total"], row["path px"]) == (60.0, 50.0, 57.5, 58.75, 3.05)
+    assert (row["quality"], row["i2v path"], row["i2v"], row["total"], row["path px"]) == (
+        60.0,
+        50.0,
+        57.5,
+        58.75,
+        3.05,
+    )
 
     trained.clear()
     scored.clear()
@@ -208,7 +232,9 @@ def test_ablation_trains_and_scores_what_is_missing(load: Any, tmp_path: Path, m
     monkeypatch.undo()
     monkeypatch.setattr(ablate, "ROWS", tmp_path / "rows.json")
     again = ablate.Rows()
-    assert not again.known(ablate.Key("fully random", 1, 900, 1.0)) and again.known(ablate.Key("fully random", 0, 900, 1.4, 5))
+    assert not again.known(ablate.Key("fully random", 1, 900, 1.0)) and again.known(
+        ablate.Key("fully random", 0, 900, 1.4, 5)
+    )
 
 
 def test_a_stopped_ablation_says_how_to_go_on(load: Any, tmp_path: Path) -> None:
@@ -227,13 +253,31 @@ def test_ablation_tables(load: Any, tmp_path: Path) -> None:
         {**vars(key), "total": total, **dict.fromkeys(measures, 0.0)}
         for seed, total in totals.items() for r, i in runs for key in ablate.wanted(r, seed, i)
     ]  # fmt: skip
-    assert module.cell(rows, run="fully random", iterations=900, strength=1.4) == "2.0 ± 12.7"  # Student's t of two values
+    assert (
+        module.cell(rows, run="fully random", iterations=900, strength=1.4) == "2.0 ± 12.7"
+    )  # Student's t of two values
     assert module.cell(rows[:1], paper=81.62, run="fully random", iterations=150, strength=1.0) == "1.0 (81.62)"
-    text = module.tables([*rows, {"run": "base", "steps": 10, "strength": 0.0, "iterations": 0, "seed": 0, "total": 7.0, **dict.fromkeys(measures, 5.0)}], 100)
+    text = module.tables(
+        [
+            *rows,
+            {
+                "run": "base",
+                "steps": 10,
+                "strength": 0.0,
+                "iterations": 0,
+                "seed": 0,
+                "total": 7.0,
+                **dict.fromkeys(measures, 5.0),
+            },
+        ],
+        100,
+    )
     assert "| 900 | 2.0 ± 12.7 (81.78) | 2.0 ± 12.7 (87.69) | 2.0 ± 12.7 (86.93) | 2.0 ± 12.7 (85.91) |" in text
     assert "2 seeds, 100 held-out scenes" in text and "total 7.0, i2v 5.0, quality 5.0" in text
     assert " - (" not in text  # the runs make every cell
-    assert "| first frame clean | - (73.27)" in module.tables([row for row in rows if row["run"] == "fully random"], 100)
+    assert "| first frame clean | - (73.27)" in module.tables(
+        [row for row in rows if row["run"] == "fully random"], 100
+    )
     module.plot(rows, tmp_path / "images" / "plot.png")
     assert Image.open(tmp_path / "images" / "plot.png").width > 1000
 

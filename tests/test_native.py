@@ -223,7 +223,11 @@ def vae_act(dtype: torch.dtype, tokens: int, width: int) -> tuple[Tensors, Calla
 def gelu(dtype: torch.dtype, tokens: int, width: int) -> tuple[Tensors, Callable[[torch.dtype], Tensors]]:
     x, dy = make_input(2, tokens, width, dtype=dtype, scale=3), make_input(2, tokens, width, seed=1, dtype=dtype)
     strided = dy.transpose(1, 2).contiguous().transpose(1, 2)
-    found = {"y": native.gelu_forward(x), "dx": native.gelu_backward(dy, x), "dx, strided": native.gelu_backward(strided, x)}
+    found = {
+        "y": native.gelu_forward(x),
+        "dx": native.gelu_backward(dy, x),
+        "dx, strided": native.gelu_backward(strided, x),
+    }
 
     def torch_result(precision: torch.dtype) -> Tensors:
         leaf = x.to(precision).requires_grad_()
@@ -234,7 +238,18 @@ def gelu(dtype: torch.dtype, tokens: int, width: int) -> tuple[Tensors, Callable
     return found, torch_result
 
 
-OPS = [residual_norm, affine_norm, gated_residual, rms_norm, qk_rope, guided_euler_step, gelu_, gelu, linear_rows, vae_act]
+OPS = [
+    residual_norm,
+    affine_norm,
+    gated_residual,
+    rms_norm,
+    qk_rope,
+    guided_euler_step,
+    gelu_,
+    gelu,
+    linear_rows,
+    vae_act,
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -26,7 +26,9 @@ from pusa_fast.weights.pretrained import WAN_DEFAULTS, find_model
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "square", "moves", "left", "right"]
 DIT = DiTConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=16)
-VAE = VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+VAE = VAEConfig(
+    base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4
+)
 DEFAULTS = {
     "num_frames": 5, "height": 32, "width": 48, "fps": 8, "steps": 2, "guidance_scale": 3.0, "shift": 3.0, "negative_prompt": "blue",
 }  # fmt: skip
@@ -43,7 +45,10 @@ def nano_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(dit.head.head.weight, std=0.1)
     checkpoint.save(folder / "dit.safetensors", keymap.unpack(dit.state_dict()), DIT)
     checkpoint.save(folder / "vae.safetensors", vae.state_dict(), VAE)
-    lora = {f"{LORA_KEY}.lora_A.default.weight": torch.randn(2, 48), f"{LORA_KEY}.lora_B.default.weight": torch.randn(48, 2)}
+    lora = {
+        f"{LORA_KEY}.lora_A.default.weight": torch.randn(2, 48),
+        f"{LORA_KEY}.lora_B.default.weight": torch.randn(48, 2),
+    }
     checkpoint.save(folder / "pusa_lora.safetensors", lora)
     config = UMT5Config(vocab_size=len(WORDS), d_model=16, d_kv=4, num_heads=2, d_ff=24, num_layers=1)
     UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
@@ -86,8 +91,19 @@ def test_text_to_video_with_the_models_own_defaults(pipe: Pipeline) -> None:
     assert frames.shape == (5, 32, 48, 3) and frames.dtype == torch.uint8 and frames.device.type == "cpu"
     run = pipe.last_run
     assert set(run["seconds"]) == {"text", "encode", "denoise", "decode"} and min(run["seconds"].values()) >= 0
-    assert (run["task"], run["guidance_mode"], run["tokens"], run["shape"]) == ("text-to-video", "batch", 12, [1, 4, 2, 4, 6])
-    assert (run["steps"], run["shift"], run["guidance_scale"], run["seed"], run["compat"]) == (2, 3.0, 3.0, 0, "reference")
+    assert (run["task"], run["guidance_mode"], run["tokens"], run["shape"]) == (
+        "text-to-video",
+        "batch",
+        12,
+        [1, 4, 2, 4, 6],
+    )
+    assert (run["steps"], run["shift"], run["guidance_scale"], run["seed"], run["compat"]) == (
+        2,
+        3.0,
+        3.0,
+        0,
+        "reference",
+    )
     assert run["tiling"] is None
 
 
@@ -100,7 +116,9 @@ def test_equal_settings_give_equal_frames(pipe: Pipeline) -> None:
 
 def test_latents(pipe: Pipeline) -> None:
     latents = pipe("a red circle", output="latents")
-    assert latents.shape == (1, 4, 2, 4, 6) and latents.dtype == torch.float32 and "decode" not in pipe.last_run["seconds"]
+    assert (
+        latents.shape == (1, 4, 2, 4, 6) and latents.dtype == torch.float32 and "decode" not in pipe.last_run["seconds"]
+    )
     again = pipe("a red circle", output="latents", guidance_scale=1)
     assert pipe.last_run["guidance_mode"] == "off" and not torch.equal(latents, again)
 
@@ -189,7 +207,9 @@ def test_tiling_reaches_both_ends_of_the_vae(pipe: Pipeline, monkeypatch: pytest
     seen: list[object] = []
     for name in ("encode", "decode_frames"):
         method = getattr(pipe.vae, name)
-        monkeypatch.setattr(pipe.vae, name, lambda x, tiling=None, m=method, **k: seen.append(tiling) or m(x, tiling, **k))
+        monkeypatch.setattr(
+            pipe.vae, name, lambda x, tiling=None, m=method, **k: seen.append(tiling) or m(x, tiling, **k)
+        )
     for tiling in (Tiling(tile=(4, 4), stride=(2, 2)), Tiling(tile=(4, 4), mode="exact")):
         seen.clear()
         pipe("a", conditions=[Condition(picture())], tiling=tiling)
@@ -235,7 +255,9 @@ def test_callback_can_stop_the_run(pipe: Pipeline) -> None:
 
 def test_out_of_memory_names_the_option_that_helps(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     def decode(*_: object, **__: object) -> Tensor:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to ...")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to ..."
+        )
 
     monkeypatch.setattr(pipe.vae, "decode_frames", decode)
     with pytest.raises(torch.OutOfMemoryError, match=r"out of memory in decode on cpu: use tiling='auto'"):
@@ -258,10 +280,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": None}, "nothing says what to make: give prompt"),
     ({"prompt": ["a", "b"]}, "prompt must be a string, got list"),
     ({"prompt_embeds": torch.zeros(3, 16)}, "prompt and prompt_embeds were both given"),
-    ({"prompt": None, "prompt_embeds": torch.zeros(3, 15)}, r"prompt_embeds must be \[L, 16\] or \[1, L, 16\], got \[3, 15\]"),
+    (
+        {"prompt": None, "prompt_embeds": torch.zeros(3, 15)},
+        r"prompt_embeds must be \[L, 16\] or \[1, L, 16\], got \[3, 15\]",
+    ),
     ({"prompt": None, "prompt_embeds": torch.zeros(2, 3, 16)}, r"prompt_embeds must be .* got \[2, 3, 16\]"),
     ({"prompt": None, "prompt_embeds": torch.zeros(0, 16)}, r"prompt_embeds must be"),
-    ({"negative_prompt": "b", "negative_prompt_embeds": torch.zeros(3, 16)}, "negative_prompt and negative_prompt_embeds were both"),
+    (
+        {"negative_prompt": "b", "negative_prompt_embeds": torch.zeros(3, 16)},
+        "negative_prompt and negative_prompt_embeds were both",
+    ),
     ({"negative_prompt_embeds": torch.zeros(16)}, r"negative_prompt_embeds must be"),
     ({"height": 40}, "height=40 is not a multiple of 16 pixels: use 32 or 48"),
     ({"num_frames": 6}, r"num_frames=6 is not 4n\+1"),
@@ -277,7 +305,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"conditions": [Condition(LONG[:4], 1)]}, "latent 1 needs 5 frames of the clip, which has 4"),
     ({"conditions": [Condition(LONG.astype(np.float32))]}, "frames must be uint8 from 0 to 255, got float32"),
     ({"conditions": [Condition(torch.zeros(32, 48, 3))]}, "frames must be uint8 from 0 to 255, got float32"),
-    ({"conditions": [Condition(np.zeros((3, 32, 48), np.uint8))]}, r"frames must be \[H,W,3\] or \[T,H,W,3\], got \[3, 32, 48\]"),
+    (
+        {"conditions": [Condition(np.zeros((3, 32, 48), np.uint8))]},
+        r"frames must be \[H,W,3\] or \[T,H,W,3\], got \[3, 32, 48\]",
+    ),
     ({"conditions": [Condition(np.zeros((0, 32, 48, 3), np.uint8))]}, "frames must be"),
     ({"conditions": [Condition([])]}, "the list of pictures is empty"),
     ({"conditions": [Condition(["a.png"])]}, "entry 0 is a str: use one Condition each"),
@@ -293,7 +324,11 @@ def test_refused(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, given: dict[st
         raise AssertionError("a model ran")
 
     assert pipe.text_encoder is not None
-    for part, names in ((pipe.text_encoder, ["encode"]), (pipe.vae, ["encode", "decode"]), (pipe.dit, ["prepare", "denoise"])):
+    for part, names in (
+        (pipe.text_encoder, ["encode"]),
+        (pipe.vae, ["encode", "decode"]),
+        (pipe.dit, ["prepare", "denoise"]),
+    ):
         for name in names:
             monkeypatch.setattr(part, name, runs)
     with pytest.raises(ValueError, match=message) as caught:
@@ -379,26 +414,35 @@ def test_diffusers_and_official_layouts(pipe: Pipeline, nano_like: Path, tmp_pat
     folder = tmp_path / "wan"
     weights = {name: nano_like / f"{name}.safetensors" for name in ("dit", "vae")}
     if encoder == "directory":
-        places = {"dit": "transformer/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors"}
+        places = {
+            "dit": "transformer/diffusion_pytorch_model.safetensors",
+            "vae": "vae/diffusion_pytorch_model.safetensors",
+        }
         shutil.copytree(nano_like / "text_encoder", folder / "text_encoder")
         shutil.copytree(nano_like / "tokenizer", folder / "tokenizer")
         (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     else:
         places = {"dit": "diffusion_pytorch_model.safetensors", "vae": "Wan2.1_VAE.safetensors"}
         shutil.copytree(nano_like / "tokenizer", folder / "google" / "umt5-xxl")
-        shutil.copy(nano_like / "text_encoder" / "model.safetensors", folder / "models_t5_umt5-xxl-enc-bf16.safetensors")
+        shutil.copy(
+            nano_like / "text_encoder" / "model.safetensors", folder / "models_t5_umt5-xxl-enc-bf16.safetensors"
+        )
     for part, place in places.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(weights[part], folder / place)
     other = Pipeline.from_pretrained(folder, lora={nano_like / "pusa_lora.safetensors": 1.0}, device="cpu")
-    assert other.defaults == dict(WAN_DEFAULTS) and other.text_encoder is not None and other.text_encoder.text_len == 512
+    assert (
+        other.defaults == dict(WAN_DEFAULTS) and other.text_encoder is not None and other.text_encoder.text_len == 512
+    )
     other.text_encoder.text_len = 8
     given = {key: value for key, value in DEFAULTS.items() if key != "fps"}
     assert torch.equal(other("a red circle", output="latents", **given), pipe("a red circle", output="latents"))
 
 
 def test_not_a_model(tmp_path: Path) -> None:
-    looked = r"looked in it for model\.json, model_index\.json, Wan2\.1_VAE\.pth, Wan2\.1_VAE\.safetensors; or give \"nano\""
+    looked = (
+        r"looked in it for model\.json, model_index\.json, Wan2\.1_VAE\.pth, Wan2\.1_VAE\.safetensors; or give \"nano\""
+    )
     with pytest.raises(ValueError, match=rf"\(a directory\) is no model: {looked}"):
         find_model(tmp_path)
     with pytest.raises(ValueError, match=rf"nowhere \(missing\) is no model: {looked}"):
@@ -429,15 +473,22 @@ def test_incomplete_models(nano_like: Path, tmp_path: Path) -> None:
         (lambda spec: spec["defaults"].update(cfg=3), "unknown defaults cfg: use num_frames"),
     ],
 )
-def test_broken_model_json(nano_like: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+def test_broken_model_json(
+    nano_like: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         find_model(changed(nano_like, tmp_path, change))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"_class_name": "FluxPipeline"}', '{"_class_name": "WanPipeline", "transformer_2": ["a", "b"]}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"_class_name": "FluxPipeline"}', '{"_class_name": "WanPipeline", "transformer_2": ["a", "b"]}'],
+)
 def test_other_model_index_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "model_index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"not valid JSON|must hold a JSON object|not of a Wan pipeline|holds two experts"):
+    with pytest.raises(
+        ValueError, match=r"not valid JSON|must hold a JSON object|not of a Wan pipeline|holds two experts"
+    ):
         find_model(tmp_path)
 
 

@@ -83,7 +83,11 @@ def write_csv(path: Path, *rows: str) -> Path:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def report(folder: Path) -> dict[str, Any]:
@@ -101,10 +105,21 @@ def run(*words: str | Path) -> Result:
 def test_a_csv_with_files_beside_it_and_in_train(here: Path) -> None:
     (here / "films" / "train").mkdir()
     shutil.move(here / "films" / "b.mp4", here / "films" / "train")
-    write_csv(here / "films" / "metadata.csv", 'a.mp4,"one, with a comma"', "b.mp4,  two ", "none.mp4,three", "tall.mp4,", f"{here}/films/a.mp4,four")
+    write_csv(
+        here / "films" / "metadata.csv",
+        'a.mp4,"one, with a comma"',
+        "b.mp4,  two ",
+        "none.mp4,three",
+        "tall.mp4,",
+        f"{here}/films/a.mp4,four",
+    )
     found = read_sources("films")
     assert read_sources("films/metadata.csv") == found
-    assert [(s.name, s.caption) for s in found[:3]] == [("a.mp4", "one, with a comma"), ("b.mp4", "two"), ("none.mp4", "three")]
+    assert [(s.name, s.caption) for s in found[:3]] == [
+        ("a.mp4", "one, with a comma"),
+        ("b.mp4", "two"),
+        ("none.mp4", "three"),
+    ]
     assert [s.path for s in found[:2]] == [Path("films/a.mp4"), Path("films/train/b.mp4")]
     assert [bool(s.problem) for s in found] == [False, False, True, True, False]
     assert found[2].problem == "missing: looked for films/none.mp4 and films/train/none.mp4"
@@ -112,7 +127,12 @@ def test_a_csv_with_files_beside_it_and_in_train(here: Path) -> None:
 
 
 def test_jsonl_knows_the_usual_keys(here: Path) -> None:
-    lines = ['{"file_name": "a.mp4", "text": "one"}', '{"video": "b.mp4", "caption": "two", "more": 1}', "", '{"path": "tall.mp4", "prompt": "three"}']
+    lines = [
+        '{"file_name": "a.mp4", "text": "one"}',
+        '{"video": "b.mp4", "caption": "two", "more": 1}',
+        "",
+        '{"path": "tall.mp4", "prompt": "three"}',
+    ]
     (here / "films" / "list.jsonl").write_text("\r\n".join(lines))
     assert [(s.name, s.caption, s.problem) for s in read_sources("films/list.jsonl")] == [
         ("a.mp4", "one", None), ("b.mp4", "two", None), ("tall.mp4", "three", None),
@@ -221,16 +241,29 @@ def test_windows_are_read_in_one_pass(tmp_path: Path, starts: list[int]) -> None
 # -- what is made
 
 
-@pytest.mark.parametrize(("name", "size", "frames"), [("bikes.mp4", (640, 272), 250), ("bigbuckbunny.mp4", (1280, 720), 132)])
-def test_latents_and_text_of_real_films(tmp_path: Path, vae: WanVAE, name: str, size: tuple[int, int], frames: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "frames"), [("bikes.mp4", (640, 272), 250), ("bigbuckbunny.mp4", (1280, 720), 132)]
+)
+def test_latents_and_text_of_real_films(
+    tmp_path: Path, vae: WanVAE, name: str, size: tuple[int, int], frames: int
+) -> None:
     write_csv(tmp_path / "l.csv", f"{real_file(name)},a red circle moves right")
-    made = prepare(tmp_path / "l.csv", tmp_path / "out", buckets=["64x64x5", "48x32x1"], clips_per_video=2, fit="pad", dtype="float32")
+    made = prepare(
+        tmp_path / "l.csv",
+        tmp_path / "out",
+        buckets=["64x64x5", "48x32x1"],
+        clips_per_video=2,
+        fit="pad",
+        dtype="float32",
+    )
     assert (made.clips, made.new, made.duplicates, made.bad) == (2, 2, 0, [])
     bucket = choose([Bucket(64, 64, 5), Bucket(48, 32, 1)], *size, frames)
     assert bucket is not None and made.buckets == {str(bucket): 2}
     found = LatentStore(tmp_path / "out")
     ends = video.read_video(real_file(name), max_frames=5), video.read_video(real_file(name), last_frames=5)
-    text = TextEncoder.from_directory(find_model("nano").text_encoder, find_model("nano").tokenizer, dtype=torch.float32, text_len=24)
+    text = TextEncoder.from_directory(
+        find_model("nano").text_encoder, find_model("nano").tokenizer, dtype=torch.float32, text_len=24
+    )
     for i, start in enumerate((0, frames - bucket.frames)):
         wanted = ends[i][: bucket.frames] if i == 0 else ends[i][-bucket.frames :]
         fitted = video.fit(wanted, (bucket.width, bucket.height), "pad")
@@ -274,7 +307,10 @@ def test_duplicates_are_made_once_and_captions_count(here: Path) -> None:
     write_csv(here / "l.csv", "films/a.mp4,x", "films/again.mp4,x", "films/a.mp4,y")
     made = prepare("l.csv", "out", buckets=SMALL)
     assert (made.clips, made.duplicates) == (2, 1)
-    assert [(clip.source, clip.caption) for clip in LatentStore("out").clips] == [("films/a.mp4", "x"), ("films/a.mp4", "y")]
+    assert [(clip.source, clip.caption) for clip in LatentStore("out").clips] == [
+        ("films/a.mp4", "x"),
+        ("films/a.mp4", "y"),
+    ]
     assert report(here / "out")["duplicates"] == 1
 
 
@@ -286,7 +322,9 @@ def test_every_setting_makes_another_clip(here: Path) -> None:
     assert [m.new for m in made] == [1] * len(settings)
     stored = read_index(here / "out")[0]
     assert len(stored) == len({clip.details["latents"] for clip in stored}) == len(settings)
-    assert prepare("l.csv", "out", buckets=SMALL, tiling=Tiling(mode="exact", tile=(2, 2))).new == 0  # gives the same latents
+    assert (
+        prepare("l.csv", "out", buckets=SMALL, tiling=Tiling(mode="exact", tile=(2, 2))).new == 0
+    )  # gives the same latents
     with pytest.raises(ValueError, match=r"out holds clips of another model \(dtype: bfloat16, now float32\)"):
         prepare("l.csv", "out", buckets=SMALL, dtype="float32")
 
@@ -295,7 +333,10 @@ def test_random_windows_differ_by_film_and_seed_and_come_again(here: Path) -> No
     for i in range(3):
         video.write_video(here / f"{i}.mp4", frames_of(50, i, (32, 32)), fps=8)
     write_csv(here / "l.csv", *(f"{i}.mp4,x" for i in range(3)))
-    made = {name: prepare("l.csv", name, buckets=["16x16x1"], start="random", seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))}
+    made = {
+        name: prepare("l.csv", name, buckets=["16x16x1"], start="random", seed=seed)
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    }
     assert [m.clips for m in made.values()] == [3, 3, 3]
     a, b, c = ([clip.details["start"] for clip in LatentStore(name).clips] for name in made)
     assert a == b != c
@@ -307,7 +348,9 @@ def test_captions_that_are_too_long_are_noted(here: Path) -> None:
     result = run("l.csv", "--out", "out", "--bucket", SMALL[0])
     assert result.exit_code == 0, result.output
     note, counts = result.stderr.splitlines()
-    assert note == "note: 1 captions are cut after 24 tokens, all that the model reads; the first is that of films/a.mp4"
+    assert (
+        note == "note: 1 captions are cut after 24 tokens, all that the model reads; the first is that of films/a.mp4"
+    )
     assert counts == "2 clips in out (2 new): 2 of 32x32x5"
     assert LatentStore("out").clips[0].tokens == 24
 
@@ -355,14 +398,18 @@ def test_the_folder_is_what_the_last_list_names(here: Path, monkeypatch: pytest.
     prepare("two.csv", "fresh", buckets=SMALL)
     again, fresh = LatentStore("out"), LatentStore("fresh")
     assert again.fingerprint == fresh.fingerprint != whole
-    assert all(torch.equal(again.latents(i), fresh.latents(i)) and torch.equal(again.text(i), fresh.text(i)) for i in range(5))
+    assert all(
+        torch.equal(again.latents(i), fresh.latents(i)) and torch.equal(again.text(i), fresh.text(i)) for i in range(5)
+    )
     for name in ("load_vae", "load_text_encoder"):
         monkeypatch.setattr(f"pusa_fast.training.encoding.{name}", None)
     assert prepare("one.csv", "out", buckets=SMALL).new == 0  # going back makes nothing anew
     assert trained_on("out") == first and LatentStore("out").fingerprint == whole
 
 
-@pytest.mark.parametrize("setting", [{"buckets": ["16x16x1"]}, {"fps": 4, "buckets": ["32x32x1"]}, {"start": "middle"}, {"fit": "pad"}])
+@pytest.mark.parametrize(
+    "setting", [{"buckets": ["16x16x1"]}, {"fps": 4, "buckets": ["32x32x1"]}, {"start": "middle"}, {"fit": "pad"}]
+)
 def test_other_settings_take_the_place_of_the_clips_before(here: Path, setting: dict[str, Any]) -> None:
     write_csv(here / "l.csv", "films/b.mp4,x", "films/tall.mp4,y")
     prepare("l.csv", "out", buckets=SMALL)
@@ -382,14 +429,21 @@ def test_add_keeps_the_clips_before(here: Path) -> None:
         "note: 2 clips of earlier lists or settings are kept beside these",
         "5 clips in out (3 new): 5 of 32x32x5",
     ]
-    assert trained_on("out") == [*first, ("0.mp4", "corrected"), ("4.mp4", "a red circle 4"), ("5.mp4", "a red circle 5")]
+    assert trained_on("out") == [
+        *first,
+        ("0.mp4", "corrected"),
+        ("4.mp4", "a red circle 4"),
+        ("5.mp4", "a red circle 5"),
+    ]
     before = hashes(here / "out")
     assert prepare("two.csv", "out", buckets=SMALL, add=True).new == 0
     assert hashes(here / "out") == before
     prepare("two.csv", "out", buckets=SMALL)
     assert len(LatentStore("out")) == 5
     (here / "out" / SELECTION).write_text("{")
-    is_answered(run("two.csv", "--out", "out", "--bucket", SMALL[0], "--add"), ["selection.json is damaged", "without --add"])
+    is_answered(
+        run("two.csv", "--out", "out", "--bucket", SMALL[0], "--add"), ["selection.json is damaged", "without --add"]
+    )
     assert prepare("two.csv", "out", buckets=SMALL).new == 0 and len(LatentStore("out")) == 5
 
 
@@ -453,7 +507,9 @@ def test_another_caption_encodes_no_film_again(here: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("shard_clips", [1, 2, 64])
-def test_a_film_under_two_captions_is_encoded_once(here: Path, monkeypatch: pytest.MonkeyPatch, shard_clips: int) -> None:
+def test_a_film_under_two_captions_is_encoded_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch, shard_clips: int
+) -> None:
     shutil.copy("films/a.mp4", "films/again.mp4")
     write_csv(here / "l.csv", "films/a.mp4,red", "films/b.mp4,red", "films/again.mp4,blue", "films/a.mp4,green")
     encoded = counted(monkeypatch, WanVAE, "encode")
@@ -465,7 +521,9 @@ def test_a_film_under_two_captions_is_encoded_once(here: Path, monkeypatch: pyte
     assert len({tuple(found.text(i).flatten().tolist()) for i in (0, 2, 3)}) == 3
 
 
-def test_a_caption_that_cannot_be_encoded_does_not_take_the_film_with_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caption_that_cannot_be_encoded_does_not_take_the_film_with_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encode = TextEncoder.encode
 
     def failing(self: TextEncoder, prompts: list[str]) -> Tensor:
@@ -513,7 +571,11 @@ def test_shards_that_cannot_be_read_are_made_anew(here: Path, monkeypatch: pytes
     result = run(*words)
     assert result.exit_code == 0, result.output
     note, counts = result.stderr.splitlines()
-    assert note.startswith("note: shard 00001.safetensors is ") and said in note and note.endswith(": 2 clips are made anew")
+    assert (
+        note.startswith("note: shard 00001.safetensors is ")
+        and said in note
+        and note.endswith(": 2 clips are made anew")
+    )
     assert counts == "6 clips in out (2 new): 6 of 32x32x1"
     assert hashes(here / "out") == before
 
@@ -526,7 +588,9 @@ def test_stopped_while_lost_clips_are_made_anew(here: Path, monkeypatch: pytest.
     for shard in ("00001", "00003"):
         (here / "out" / SHARDS / f"{shard}.safetensors").unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("pusa_fast.training.encoding.load_vae", lambda *words, **named: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "pusa_fast.training.encoding.load_vae", lambda *words, **named: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         prepare("l.csv", "out", **size)
     with pytest.raises(FileNotFoundError, match=r"out: shard 00001\.safetensors is missing: prepare again"):
         LatentStore("out")
@@ -554,7 +618,9 @@ def test_shards_that_are_away_are_not_lost(here: Path, monkeypatch: pytest.Monke
     prepare("l.csv", "out", **size)
     before = hashes(here / "out")
     (here / "out" / SHARDS).rename(here / "away")
-    with pytest.raises(FileNotFoundError, match=r"shards holds none of 3 shards: bring them back, or delete out/index\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"shards holds none of 3 shards: bring them back, or delete out/index\.json"
+    ):
         prepare("l.csv", "out", **size)
     (here / "away").rename(here / "out" / SHARDS)
     real = Path.open
@@ -570,7 +636,9 @@ def test_shards_that_are_away_are_not_lost(here: Path, monkeypatch: pytest.Monke
     assert hashes(here / "out") == before and prepare("l.csv", "out", **size).new == 0
 
 
-def test_a_folder_without_a_selection_shows_what_it_had_until_prepare_is_done(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_a_selection_shows_what_it_had_until_prepare_is_done(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_csv(here / "l.csv", "films/a.mp4,x")
     prepare("l.csv", "out", buckets=SMALL)
     (here / "out" / SELECTION).unlink()
@@ -591,7 +659,10 @@ def test_lost_clips_of_other_lists_are_gone(here: Path) -> None:
         cut_off(shard, 100)
     cut_off(here / "out" / EMPTY, 0)
     (note,) = prepare("b.csv", "out", buckets=SMALL, add=True).notes
-    assert note.startswith("shard 00000.safetensors is damaged") and ", and 1 more shards cannot be read: 1 clips are made anew, 1 of other" in note
+    assert (
+        note.startswith("shard 00000.safetensors is damaged")
+        and ", and 1 more shards cannot be read: 1 clips are made anew, 1 of other" in note
+    )
     assert trained_on("out") == [("films/b.mp4", "x")] and torch.isfinite(LatentStore("out").empty_text).all()
     cut_off(here / "out" / EMPTY, 0)
     assert prepare("b.csv", "out", buckets=SMALL).new == 0
@@ -650,7 +721,10 @@ def test_tensors_are_one_clip_whatever_the_caption_and_know_their_film(here: Pat
 BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "channels": ({"latents": torch.zeros(4, 2, 4, 6)}, "holds latents [4, 2, 4, 6], the model needs [16, F, h, w]"),
     "odd": ({"latents": torch.zeros(16, 2, 3, 6)}, "even h and w"),
-    "width": ({"prompt_emb": {"context": torch.ones(1, 5, 4096)}}, "holds text [1, 5, 4096], the model needs [1, L, 64]"),
+    "width": (
+        {"prompt_emb": {"context": torch.ones(1, 5, 4096)}},
+        "holds text [1, 5, 4096], the model needs [1, L, 64]",
+    ),
     "length": ({"prompt_emb": {"context": torch.ones(1, 25, 64)}}, "25 rows of text, the model reads 1 to 24"),
     "silence": ({"prompt_emb": {"context": torch.zeros(1, 25, 64)}}, "0 rows of text"),
     "no text": ({"prompt_emb": {}}, 'holds no "latents" with "prompt_emb"'),
@@ -715,16 +789,22 @@ def test_frames_that_change_in_size_are_bad_only_when_read(here: Path) -> None:
         (here / "odd").mkdir(exist_ok=True)
         Image.new("RGB", size).save(here / "odd" / f"{i}.png")
     write_csv(here / "l.csv", "odd,x")
-    is_answered(run("l.csv", "--out", "none", "--bucket", SMALL[0]), ["none of 1 clips", "odd: holds frames of several sizes"])
+    is_answered(
+        run("l.csv", "--out", "none", "--bucket", SMALL[0]), ["none of 1 clips", "odd: holds frames of several sizes"]
+    )
     assert (here / "none" / REPORT).exists() and not (here / "none" / "index.json").exists()
     write_csv(here / "l.csv", "odd,x", "films/a.mp4,x")
     made = prepare("l.csv", "out", buckets=SMALL)
-    assert made.clips == 1 and made.bad == [("odd", "holds frames of several sizes (32x32 and 48x32): convert it to one size")]
+    assert made.clips == 1 and made.bad == [
+        ("odd", "holds frames of several sizes (32x32 and 48x32): convert it to one size")
+    ]
 
 
 def test_nothing_that_can_be_used_is_an_error_with_a_report(here: Path) -> None:
     write_csv(here / "l.csv", "films/short.mp4,x", "films/cut.mp4,x")
-    is_answered(run("l.csv", "--out", "out", "--bucket", SMALL[0]), ["none of 2 clips", "films/short.mp4: has 3 frames"])
+    is_answered(
+        run("l.csv", "--out", "out", "--bucket", SMALL[0]), ["none of 2 clips", "films/short.mp4: has 3 frames"]
+    )
     assert len(report(here / "out")["bad"]) == 2
     write_csv(here / "l.csv", "films/a.mp4,x")
     assert prepare("l.csv", "out", buckets=SMALL).clips == 1
@@ -761,7 +841,9 @@ prepare("l.csv", "killed", buckets={SMALL}, clips_per_video=2, shard_clips=1, pr
     # What a kill inside a write leaves behind.
     for name in (".empty_text.safetensors.7.tmp", "index.json.part", "shards/.00003.safetensors.7.tmp"):
         (here / "killed" / name).write_bytes(b"half")
-    made = {name: prepare("l.csv", name, buckets=SMALL, clips_per_video=2, shard_clips=1) for name in ("killed", "whole")}
+    made = {
+        name: prepare("l.csv", name, buckets=SMALL, clips_per_video=2, shard_clips=1) for name in ("killed", "whole")
+    }
     assert (made["killed"].new, made["whole"].new) == (24 - survived, 24)
     assert hashes(here / "killed") == hashes(here / "whole")
     assert {INDEX, SELECTION, EMPTY, REPORT, SHEET, FILES, "shards/00023.safetensors"} <= hashes(here / "whole").keys()
@@ -781,7 +863,10 @@ def test_stopped_between_any_two_files(here: Path, monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        is_answered(run("l.csv", "--out", "stopped", "--bucket", "32x32x1", "--shard-clips", "2"), ["no space left", "free some space"])
+        is_answered(
+            run("l.csv", "--out", "stopped", "--bucket", "32x32x1", "--shard-clips", "2"),
+            ["no space left", "free some space"],
+        )
     index = INDEX
     order = [SELECTION, FILES, EMPTY, "00000.safetensors", index, "00001.safetensors", index, SHEET, REPORT, SELECTION]
     assert written == order[:whole_files]
@@ -828,12 +913,19 @@ def test_out_of_memory_names_what_helps(here: Path, monkeypatch: pytest.MonkeyPa
 
     write_csv(here / "l.csv", "films/a.mp4,x")
     monkeypatch.setattr(WanVAE, "encode", encode)
-    is_answered(run("l.csv", "--out", "out", "--bucket", SMALL[0]), ["out of memory in prepare on cpu", "--tiling auto", "--bucket"])
+    is_answered(
+        run("l.csv", "--out", "out", "--bucket", SMALL[0]),
+        ["out of memory in prepare on cpu", "--tiling auto", "--bucket"],
+    )
 
 
 @pytest.mark.parametrize("caption", ["", "x"])
-@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA"), MemoryError()])
-def test_out_of_memory_in_the_text_encoder(here: Path, monkeypatch: pytest.MonkeyPatch, caption: str, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA"), MemoryError()]
+)
+def test_out_of_memory_in_the_text_encoder(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caption: str, error: Exception
+) -> None:
     encode = TextEncoder.encode
 
     def failing(self: TextEncoder, prompts: list[str]) -> Tensor:
@@ -843,7 +935,10 @@ def test_out_of_memory_in_the_text_encoder(here: Path, monkeypatch: pytest.Monke
 
     write_csv(here / "l.csv", "films/a.mp4,x")
     monkeypatch.setattr(TextEncoder, "encode", failing)
-    is_answered(run("l.csv", "--out", "out", "--bucket", SMALL[0]), ["out of memory in prepare on cpu", "--tiling auto", "--bucket"])
+    is_answered(
+        run("l.csv", "--out", "out", "--bucket", SMALL[0]),
+        ["out of memory in prepare on cpu", "--tiling auto", "--bucket"],
+    )
 
 
 # -- the command line

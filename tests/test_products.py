@@ -24,7 +24,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def layer(dtype: torch.dtype, rows: tuple[int, ...] = (2, 5)) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias = make_input(*rows, 48, dtype=dtype), make_input(33, 48, seed=1, dtype=dtype), make_input(33, seed=2, dtype=dtype)
+    x, weight, bias = (
+        make_input(*rows, 48, dtype=dtype),
+        make_input(33, 48, seed=1, dtype=dtype),
+        make_input(33, seed=2, dtype=dtype),
+    )
     return x, weight, bias
 
 
@@ -36,7 +40,13 @@ def gelu(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear(backend: str, dtype: torch.dtype) -> None:
     x, weight, bias = layer(dtype)
-    for given in ((x, weight, bias), (x, weight, None), (x[0, 0], weight, bias), (x[:, ::2], weight, bias), (x[:0], weight, bias)):
+    for given in (
+        (x, weight, bias),
+        (x, weight, None),
+        (x[0, 0], weight, bias),
+        (x[:, ::2], weight, bias),
+        (x[:0], weight, bias),
+    ):
         exact = nnf.linear(*(None if t is None else t.double() for t in given))
         out = ops.linear(*given)
         assert out.dtype == dtype and out.shape == exact.shape
@@ -58,7 +68,9 @@ def test_linear_gelu_is_the_tanh_form(backend: str) -> None:
     x = torch.linspace(-3, -1, 64).to(torch.bfloat16).unsqueeze(1)
     one, zero = torch.ones(1, 1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.bfloat16)
     exact = gelu(x.double())
-    assert ((ops.linear_gelu(x, one, zero).double() - exact).abs() <= torch.finfo(torch.bfloat16).eps * exact.abs()).all()
+    assert (
+        (ops.linear_gelu(x, one, zero).double() - exact).abs() <= torch.finfo(torch.bfloat16).eps * exact.abs()
+    ).all()
 
 
 def test_gradients_where_autograd_records(backend: str) -> None:
@@ -98,10 +110,16 @@ def test_bf16_takes_the_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [1, 17, 48, 256])
 def test_linear_rows_takes_each_row_alone(backend: str, width: int, dtype: torch.dtype) -> None:
-    x, weight, bias = make_input(7, width), make_input(33, width, seed=1, dtype=dtype), make_input(33, seed=2, dtype=dtype)
+    x, weight, bias = (
+        make_input(7, width),
+        make_input(33, width, seed=1, dtype=dtype),
+        make_input(33, seed=2, dtype=dtype),
+    )
     together = ops.linear_rows(x, weight, bias)
     assert together.dtype == torch.float32
-    assert_within_budget(together, nnf.linear(x, weight.float(), bias.float()), nnf.linear(*(t.double() for t in (x, weight, bias))))
+    assert_within_budget(
+        together, nnf.linear(x, weight.float(), bias.float()), nnf.linear(*(t.double() for t in (x, weight, bias)))
+    )
     for count in (1, 2, 5):
         assert torch.equal(ops.linear_rows(x[:count], weight, bias), together[:count])
     assert torch.equal(ops.linear_rows(x[[3, 3, 3]], weight, bias), together[[3, 3, 3]])

@@ -16,7 +16,9 @@ from pusa_fast.sampling.sampler import BATCH_TOKENS, ExpertPair, guidance_mode, 
 from pusa_fast.sampling.schedule import Schedule, lift, sigma_grid
 from pusa_fast.testing import relative_error
 
-CONFIG = DiTConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=8, freq_dim=16)
+CONFIG = DiTConfig(
+    dim=24, ffn_dim=48, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=8, freq_dim=16
+)
 
 
 @dataclass
@@ -173,7 +175,9 @@ def test_no_step_waits_for_the_device(mode: str) -> None:
     with Waits() as waits:
         schedule = lift(sigma_grid(4, 5.0), [0.0, 0.5, 1.0])
         texts = (torch.randn(1, 7, 8), torch.randn(1, 7, 8))
-        sample(tiny_dit(), latents(), schedule, *texts, 4.0, mode=mode, callback=lambda *_: marks.append(len(waits.found)))
+        sample(
+            tiny_dit(), latents(), schedule, *texts, 4.0, mode=mode, callback=lambda *_: marks.append(len(waits.found))
+        )
         assert marks[0] == marks[-1], waits.found[marks[0] : marks[-1]]
         torch.ones(1).item()
     assert waits.found[-1] == "_local_scalar_dense", "the counter does see them"

@@ -56,7 +56,9 @@ def test_recorded_sigmas_and_timesteps(golden: Callable[[str], dict[str, Tensor]
     sigmas = sigma_grid(steps, shift)
     assert sigmas.dtype == torch.float32 and sigmas[-1] == 0
     assert torch.equal(sigmas[:-1], recorded[f"infer.steps{steps}.shift{shift}.sigmas"])
-    assert torch.equal(lift(sigmas, [1.0], "exact").timesteps[:, 0], recorded[f"infer.steps{steps}.shift{shift}.timesteps"])
+    assert torch.equal(
+        lift(sigmas, [1.0], "exact").timesteps[:, 0], recorded[f"infer.steps{steps}.shift{shift}.timesteps"]
+    )
 
 
 def test_float64_would_see_other_timesteps() -> None:

@@ -71,10 +71,14 @@ def test_render_shapes(frames: int, size: int) -> None:
     assert clips.shape == (2, frames, size, size, 3) and clips.dtype == torch.uint8
 
 
-@pytest.mark.parametrize(("direction", "axis", "sign"), [("right", 1, 1), ("left", 1, -1), ("down", 0, 1), ("up", 0, -1)])
+@pytest.mark.parametrize(
+    ("direction", "axis", "sign"), [("right", 1, 1), ("left", 1, -1), ("down", 0, 1), ("up", 0, -1)]
+)
 def test_words_mean_what_a_person_reads(direction: str, axis: int, sign: int) -> None:
     """Rows count downwards and columns to the right; the brightest pixels are the shape's on black."""
     scene = sprites.Scene("square", "yellow", "small", direction, "slowly", "black", 32.0, 32.0)
-    first, last = (frame.float().sum(-1).gt(300).nonzero().float().mean(0) for frame in sprites.render([scene])[0, [0, -1]])
+    first, last = (
+        frame.float().sum(-1).gt(300).nonzero().float().mean(0) for frame in sprites.render([scene])[0, [0, -1]]
+    )
     assert float((last - first)[axis]) == pytest.approx(16 * sign, abs=0.3)
     assert float((last - first)[1 - axis]) == pytest.approx(0, abs=0.3)

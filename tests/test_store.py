@@ -30,7 +30,12 @@ MODEL = {"vae": "v", "text": "t", "channels": 4, "text_dim": 6, "text_len": 5}
 
 
 def _clip(i: int) -> dict[str, object]:
-    return {"latents": make_input(4, 2, 3, 3, seed=i), "text": make_input(1 + i % 5, 6, seed=50 + i), "source": f"{i}.mp4", "caption": f"clip {i}"}
+    return {
+        "latents": make_input(4, 2, 3, 3, seed=i),
+        "text": make_input(1 + i % 5, 6, seed=50 + i),
+        "source": f"{i}.mp4",
+        "caption": f"clip {i}",
+    }
 
 
 def _fill(folder: Path, start: int, stop: int, shard_clips: int = 3) -> None:
@@ -42,7 +47,11 @@ def _fill(folder: Path, start: int, stop: int, shard_clips: int = 3) -> None:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -154,7 +163,13 @@ def test_a_shard_is_on_the_disk_before_the_index_names_it(tmp_path: Path, monkey
     _fill(tmp_path, 0, 2)
     shard, shards, index, folder, empty = (
         path.stat().st_ino
-        for path in (tmp_path / SHARDS / "00000.safetensors", tmp_path / SHARDS, tmp_path / INDEX, tmp_path, tmp_path / EMPTY)
+        for path in (
+            tmp_path / SHARDS / "00000.safetensors",
+            tmp_path / SHARDS,
+            tmp_path / INDEX,
+            tmp_path,
+            tmp_path / EMPTY,
+        )
     )
     assert done == [EMPTY, empty, "00000.safetensors", shard, shards, index, INDEX, folder]
 

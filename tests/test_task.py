@@ -89,7 +89,13 @@ def test_source(frames: int, source: Any, expected: list[int], needed: int) -> N
 
 def test_same_medium_in_several_conditions_counts_once() -> None:
     clip, counted = Clip(81), []
-    conditions = [Condition(clip, 0), Condition("a.mp4", 1), Condition(clip, 4), Condition("a.mp4", 2), Condition(Clip(81), 3)]
+    conditions = [
+        Condition(clip, 0),
+        Condition("a.mp4", 1),
+        Condition(clip, 4),
+        Condition("a.mp4", 2),
+        Condition(Clip(81), 3),
+    ]
     resolved = resolve(conditions, 81, lambda media: counted.append(media) or 81)  # type: ignore[func-returns-value]
     assert counted == list(resolved.media) == [clip, "a.mp4", conditions[4].media]
     assert [p.medium for p in resolved.placements] == [0, 1, 1, 2, 0]
@@ -175,7 +181,13 @@ def test_frame_count_is_a_number(num_frames: object) -> None:
 
 def test_settings_take_defaults_for_none() -> None:
     chosen = settings({"steps": 4, "height": None, "seed": 7}, WAN_DEFAULTS)
-    assert (chosen.num_frames, chosen.height, chosen.width, chosen.steps, chosen.guidance_scale) == (81, 480, 832, 4, 3.0)
+    assert (chosen.num_frames, chosen.height, chosen.width, chosen.steps, chosen.guidance_scale) == (
+        81,
+        480,
+        832,
+        4,
+        3.0,
+    )
     assert (chosen.seed, chosen.compat, chosen.fit, chosen.output) == (7, "reference", "crop", "frames")
 
 

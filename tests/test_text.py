@@ -164,13 +164,28 @@ def test_umt5_xxl_is_recognised_by_its_shapes(manifest: Any) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated weights": (lambda d: (d / "text_encoder" / "model.safetensors").write_bytes(b"short"), "holds no text encoder that can"),
-    "no config": (lambda d: (d / "text_encoder" / "config.json").unlink(), "it needs config.json and model.safetensors"),
+    "truncated weights": (
+        lambda d: (d / "text_encoder" / "model.safetensors").write_bytes(b"short"),
+        "holds no text encoder that can",
+    ),
+    "no config": (
+        lambda d: (d / "text_encoder" / "config.json").unlink(),
+        "it needs config.json and model.safetensors",
+    ),
     "no encoder": (lambda d: shutil.rmtree(d / "text_encoder"), "it needs config.json and model.safetensors"),
     "no tokenizer": (lambda d: shutil.rmtree(d / "tokenizer"), "is no directory with a tokenizer"),
-    "broken tokenizer": (lambda d: (d / "tokenizer" / "tokenizer.json").write_text("{"), "holds no tokenizer that can be loaded"),
-    "lost tensor": (lambda d: without(d / "text_encoder" / "model.safetensors", "encoder.final_layer_norm.weight"), "first encoder.final"),
-    "lost table": (lambda d: without(d / "text_encoder" / "model.safetensors", "shared.weight"), "do not fit: 2 missing"),
+    "broken tokenizer": (
+        lambda d: (d / "tokenizer" / "tokenizer.json").write_text("{"),
+        "holds no tokenizer that can be loaded",
+    ),
+    "lost tensor": (
+        lambda d: without(d / "text_encoder" / "model.safetensors", "encoder.final_layer_norm.weight"),
+        "first encoder.final",
+    ),
+    "lost table": (
+        lambda d: without(d / "text_encoder" / "model.safetensors", "shared.weight"),
+        "do not fit: 2 missing",
+    ),
 }
 
 

@@ -22,10 +22,21 @@ def test_defaults_are_the_published_recipe() -> None:
     lora, optim, objective = config.lora, config.optim, config.objective
     assert lora is not None and (lora.rank, lora.alpha, lora.init, lora.start) == (512, None, "kaiming", None)
     assert set(lora.targets) == set(LORA_TARGETS) and len(lora.targets) == 10
-    assert (optim.name, optim.lr, optim.betas, optim.eps, optim.weight_decay) == ("adamw", 1e-5, (0.9, 0.999), 1e-8, 0.01)
+    assert (optim.name, optim.lr, optim.betas, optim.eps, optim.weight_decay) == (
+        "adamw",
+        1e-5,
+        (0.9, 0.999),
+        1e-8,
+        0.01,
+    )
     assert (optim.schedule, optim.warmup_steps, optim.clip_norm, optim.ema_decay) == ("constant", 0, None, None)
     assert (config.steps, config.batch_size, config.accumulate, config.data.caption_dropout) == (900, 8, None, 0.0)
-    assert (objective.p_async, objective.first_frame_clean, objective.levels, objective.weighting) == (1.0, False, "reference", "reference")
+    assert (objective.p_async, objective.first_frame_clean, objective.levels, objective.weighting) == (
+        1.0,
+        False,
+        "reference",
+        "reference",
+    )
     sampling = config.sampling(5.0)
     assert (sampling.p_async, sampling.levels, sampling.shift) == (1.0, "reference", 5.0)
     assert changed(objective={"shift": 3.0}).sampling(5.0).shift == 3.0
@@ -46,7 +57,9 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 def test_overrides_win_in_order(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("data: {path: clips}\nout: run\nlora: null\noptim: {lr: 0.5, eps: 0.1}\n")
-    config = load_config(path, ["optim.lr=1e-5", "optim.lr=2e-5", "steps=3", "lora.rank=16", "out=a=b", "optim.betas=[0.5, 0.6]"])
+    config = load_config(
+        path, ["optim.lr=1e-5", "optim.lr=2e-5", "steps=3", "lora.rank=16", "out=a=b", "optim.betas=[0.5, 0.6]"]
+    )
     assert (config.optim.lr, config.optim.eps, config.optim.betas) == (2e-5, 0.1, (0.5, 0.6))
     assert config.lora is not None and (config.steps, config.lora.rank, config.out) == (3, 16, Path("a=b"))
     assert load_config(path, ["lora={}", "lora=null"]).lora is None
@@ -141,11 +154,26 @@ def test_identity_is_what_a_checkpoint_depends_on() -> None:
 
 
 def test_names_that_yaml_takes_for_numbers_and_dates(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("data: {path: 007}\nout: 2026-11-27\nmodel: 1_0\nsteps: 20\noptim: {betas: [0.5, 1e-1]}\n")
-    found = load_config(tmp_path / "c.yaml", ["logging.wandb=12:30:00", "lora.start=3.50", "logging.tensorboard=true", "optim.ema_decay=null"])
-    assert (found.data.path, found.out, found.model, found.logging.wandb) == (Path("007"), Path("2026-11-27"), "1_0", "12:30:00")
+    (tmp_path / "c.yaml").write_text(
+        "data: {path: 007}\nout: 2026-11-27\nmodel: 1_0\nsteps: 20\noptim: {betas: [0.5, 1e-1]}\n"
+    )
+    found = load_config(
+        tmp_path / "c.yaml",
+        ["logging.wandb=12:30:00", "lora.start=3.50", "logging.tensorboard=true", "optim.ema_decay=null"],
+    )
+    assert (found.data.path, found.out, found.model, found.logging.wandb) == (
+        Path("007"),
+        Path("2026-11-27"),
+        "1_0",
+        "12:30:00",
+    )
     assert found.lora is not None and found.lora.start == Path("3.50") and changed().lora.start is None
-    assert (found.steps, found.optim.betas, found.logging.tensorboard, found.optim.ema_decay) == (20, (0.5, 0.1), True, None)
+    assert (found.steps, found.optim.betas, found.logging.tensorboard, found.optim.ema_decay) == (
+        20,
+        (0.5, 0.1),
+        True,
+        None,
+    )
     assert load_config(None, ["data.path=a", "out=b", "lora=null"]).lora is None
     (tmp_path / "again.yaml").write_text(dump_config(found))
     assert load_config(tmp_path / "again.yaml") == found
@@ -157,4 +185,6 @@ def test_what_is_to_be_looked_at_is_made_with_the_checkpoints() -> None:
     assert changed(checkpoints={"every": 7}, validation={"samples": [{"prompt": "a"}]}).validate_every == 7
     assert changed(checkpoints={"every": 7}, validation={"every": 3}).validate_every == 3
     assert changed(validation={"every": 0, "samples": [{"prompt": "a"}]}).validate_every == 0
-    assert changed(steps=30, checkpoints={"every": 0}, data={"path": "c", "validation_clips": 2}).validate_every == 30  # at the end
+    assert (
+        changed(steps=30, checkpoints={"every": 0}, data={"path": "c", "validation_clips": 2}).validate_every == 30
+    )  # at the end

@@ -35,7 +35,9 @@ def take(source: TrainingData, count: int, start: int = 0) -> list[list[Batch]]:
 
 
 def tensors(parts: list[Batch]) -> dict[str, Tensor]:
-    return {name: torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "noise", "sigma", "context")}
+    return {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "noise", "sigma", "context")
+    }
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
@@ -112,7 +114,9 @@ def test_levels_and_noise_of_a_clip_are_its_own(store: LatentStore) -> None:
     assert float(batch.sigma.min()) > 0 and float(batch.sigma.max()) <= 1
     for place, clip in enumerate(batch.clips):
         index = store.clips.index(clip)
-        assert torch.equal(batch.latents[place], store.latents(index)) and torch.equal(batch.context[place], store.text(index))
+        assert torch.equal(batch.latents[place], store.latents(index)) and torch.equal(
+            batch.context[place], store.text(index)
+        )
     assert batch.latents.dtype == batch.noise.dtype == batch.sigma.dtype == torch.float32
 
 
@@ -152,7 +156,9 @@ def test_validation_never_changes(store: LatentStore) -> None:
 
 
 def test_what_cannot_be_shared_is_named(store: LatentStore) -> None:
-    with pytest.raises(ValueError, match="batch of 8 clips cannot be shared by 3 processes in 2 parts: make batch_size a multiple of 6"):
+    with pytest.raises(
+        ValueError, match="batch of 8 clips cannot be shared by 3 processes in 2 parts: make batch_size a multiple of 6"
+    ):
         data(store, world=3, accumulate=2)
     for held_out in (11, 12):
         with pytest.raises(ValueError, match=f"validation_clips {held_out} leaves none of 11 clips"):
@@ -169,7 +175,9 @@ def test_caption_dropout_needs_the_empty_caption(store: LatentStore, monkeypatch
 # The thread that reads ahead.
 
 
-def test_an_error_while_reading_reaches_the_caller_and_no_thread_stays(store: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_reading_reaches_the_caller_and_no_thread_stays(
+    store: LatentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, latents, calls = threading.active_count(), LatentStore.latents, itertools.count()
 
     def failing(self: LatentStore, index: int) -> Tensor:
@@ -207,14 +215,23 @@ def test_leaving_the_loop_ends_the_thread(store: LatentStore) -> None:
         (12, 1, (16, 21, 30, 52), 3),  # at most 4 together
     ],
 )
-def test_parts_hold_forty_thousand_tokens_or_one_clip(batch: int, world: int, shape: tuple[int, ...], parts: int) -> None:
+def test_parts_hold_forty_thousand_tokens_or_one_clip(
+    batch: int, world: int, shape: tuple[int, ...], parts: int
+) -> None:
     assert auto_parts(batch, world, shape) == parts
 
 
 def test_windows_of_a_held_out_file_are_not_trained_on(tmp_path: Path) -> None:
     with StoreWriter(tmp_path, {"vae": "", "text": "", "channels": 16, "text_dim": 64, "text_len": 6}) as writer:
         for i, file in enumerate("aabbc"):
-            writer.add(str(i), make_input(16, 2, 4, 4, seed=i), make_input(2, 64), source=file, caption="x", details={"file": file})
+            writer.add(
+                str(i),
+                make_input(16, 2, 4, 4, seed=i),
+                make_input(2, 64),
+                source=file,
+                caption="x",
+                details={"file": file},
+            )
     store = LatentStore(tmp_path)
     assert training_clips(store, 0) == [0, 1, 2, 3, 4] and training_clips(store, 2) == [0, 1]
     with pytest.raises(ValueError, match="cut from files that are"):
@@ -228,7 +245,9 @@ def test_the_reference_s_tensors_of_a_held_out_film_are_not_trained_on(tmp_path:
     ]  # fmt: skip
     with StoreWriter(tmp_path, {"vae": "", "text": "", "channels": 16, "text_dim": 64, "text_len": 6}) as writer:
         for i, details in enumerate([*identities, {"tensors": "tb"}, {"tensors": "ta"}]):
-            writer.add(str(i), make_input(16, 2, 4, 4, seed=i), make_input(2, 64), source="x", caption="x", details=details)
+            writer.add(
+                str(i), make_input(16, 2, 4, 4, seed=i), make_input(2, 64), source="x", caption="x", details=details
+            )
     store = LatentStore(tmp_path)
     # The last is ta; the one before tb, which clip 4 says is of film b, of which clip 3 says that tb2 is, too.
     assert training_clips(store, 1) == [0, 2, 3, 4, 5, 6, 7, 8, 9]

@@ -74,7 +74,10 @@ def test_names_of_the_styles(trained: WanDiT, tmp_path: Path) -> None:
     expected = {
         "released": ("blocks.0.cross_attn.k.lora_A.default.weight", "blocks.1.ffn.2.lora_B.default.weight"),
         "diffusers": ("transformer.blocks.0.attn2.to_k.lora_A.weight", "transformer.blocks.1.ffn.net.2.lora_B.weight"),
-        "comfyui": ("diffusion_model.blocks.0.cross_attn.k.lora_down.weight", "diffusion_model.blocks.1.ffn.2.lora_up.weight"),
+        "comfyui": (
+            "diffusion_model.blocks.0.cross_attn.k.lora_down.weight",
+            "diffusion_model.blocks.1.ffn.2.lora_up.weight",
+        ),
     }
     for style, names in expected.items():
         write_lora(tmp_path / "l.safetensors", trained_updates(trained), style, torch.bfloat16)
@@ -138,7 +141,15 @@ def test_the_readme_s_way_from_real_videos_to_diffusers(tmp_path: Path, monkeypa
         assert result.exit_code == 0, result.output
 
     program("prepare", "clips", "--out", "prepared", "--clips-per-video", "2", "--dtype", "float32")
-    sets = ("data.path=prepared", "out=runs/mine", "steps=3", "batch_size=4", "lora.rank=4", "optim.lr=1e-2", "device=cpu")
+    sets = (
+        "data.path=prepared",
+        "out=runs/mine",
+        "steps=3",
+        "batch_size=4",
+        "lora.rank=4",
+        "optim.lr=1e-2",
+        "device=cpu",
+    )
     program("train", *(word for value in sets for word in ("--set", value)))
     program("export", "runs/mine", "--out", "d.safetensors", "--style", "diffusers", "--dtype", "float32")
     nano = find_model("nano").dit
@@ -177,7 +188,11 @@ def test_export_of_a_run(tiny: Any, tmp_path: Path) -> None:
     model.average.swap()
     base = load_dit(tiny.dit)
     apply_lora(base, written)
-    assert relative_error(answer(base), answer(model.dit)) < 1e-5 < relative_error(answer(load_dit(tiny.dit)), answer(model.dit))
+    assert (
+        relative_error(answer(base), answer(model.dit))
+        < 1e-5
+        < relative_error(answer(load_dit(tiny.dit)), answer(model.dit))
+    )
     whole = load_file(written)
     written.unlink()
     result = run(config.out, "--out", tmp_path / "x.safetensors", "--dtype", "float32")
@@ -188,13 +203,20 @@ def test_export_of_a_run(tiny: Any, tmp_path: Path) -> None:
     shutil.rmtree(config.out)
     assert run(tmp_path / "x.safetensors", "--out", tmp_path / "y.safetensors", "--style", "comfyui").exit_code == 0
     y = read_updates(tmp_path / "y.safetensors")
-    assert all(torch.equal(y[n][0], A.bfloat16().float()) for n, (A, _) in read_updates(tmp_path / "x.safetensors").items())
+    assert all(
+        torch.equal(y[n][0], A.bfloat16().float()) for n, (A, _) in read_updates(tmp_path / "x.safetensors").items()
+    )
 
 
 def test_export_of_a_run_on_another_machine(tiny: Any, tmp_path: Path) -> None:
     config = tiny.config(steps=1)
     train(config)
-    there = {"device": "cuda:7", "attention": "fa3", "parallel": "fsdp", "validation": {"every": 1, "samples": [{"prompt": "", "image": "gone.png"}]}}
+    there = {
+        "device": "cuda:7",
+        "attention": "fa3",
+        "parallel": "fsdp",
+        "validation": {"every": 1, "samples": [{"prompt": "", "image": "gone.png"}]},
+    }
     (config.out / "config.yaml").write_text(dump_config(tiny.config(steps=1, **there)))
     assert run(config.out, "--out", tmp_path / "x.safetensors").exit_code == 0
 
@@ -208,12 +230,28 @@ def test_export_of_a_step_and_of_the_best(tiny: Any, tmp_path: Path, monkeypatch
     found = {}
     for step in ("1", "2", "3", "best"):
         result = run(config.out, "--out", out, "--dtype", "float32", "--step", step, "--overwrite")
-        assert result.exit_code == 0 and result.stdout.endswith(f"(released, step {'2' if step == 'best' else step})\n"), result.output
+        assert result.exit_code == 0 and result.stdout.endswith(
+            f"(released, step {'2' if step == 'best' else step})\n"
+        ), result.output
         found[step] = out.read_bytes()
     assert found["best"] == found["2"] and len(set(found.values())) == 3
-    refused("has no checkpoint 7: choose one of 1, 2, 3, or best", config.out, "--out", tmp_path / "y.safetensors", "--step", "7")
+    refused(
+        "has no checkpoint 7: choose one of 1, 2, 3, or best",
+        config.out,
+        "--out",
+        tmp_path / "y.safetensors",
+        "--step",
+        "7",
+    )
     (config.out / "checkpoints" / "best.json").unlink()
-    refused("has no best checkpoint: data.validation_clips", config.out, "--out", tmp_path / "y.safetensors", "--step", "best")
+    refused(
+        "has no best checkpoint: data.validation_clips",
+        config.out,
+        "--out",
+        tmp_path / "y.safetensors",
+        "--step",
+        "best",
+    )
 
 
 def test_export_of_all_weights_before_the_end(tiny: Any, tmp_path: Path) -> None:
@@ -252,7 +290,12 @@ def test_files_that_are_not_low_rank(tiny: Any, trained: WanDiT, tmp_path: Path)
     from safetensors.torch import save_file
 
     save_file({"blocks.0.ffn.0.diff": torch.ones(96, 48)}, tmp_path / "d.safetensors")
-    refused("is no low-rank one: this file cannot be converted or trained on", tmp_path / "d.safetensors", "--out", tmp_path / "x.safetensors")
+    refused(
+        "is no low-rank one: this file cannot be converted or trained on",
+        tmp_path / "d.safetensors",
+        "--out",
+        tmp_path / "x.safetensors",
+    )
     updates = trained_updates(trained)
     write_lora(tmp_path / "few.safetensors", {name: pair for name, pair in updates.items() if name.endswith(".q")})
     with pytest.raises(ValueError, match=r"different projections \(16, such as blocks\.0\.cross_attn\.k\)"):

@@ -59,7 +59,11 @@ def test_both_get_every_row(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module(monkeypatch, "tensorboard")
     module(monkeypatch, "torch.utils.tensorboard", SummaryWriter=Writer)
     module(monkeypatch, "wandb", init=init)
-    changes = {"data": {"validation_clips": 2}, "checkpoints": {"every": 2}, "logging": {"tensorboard": True, "wandb": "clips"}}
+    changes = {
+        "data": {"validation_clips": 2},
+        "checkpoints": {"every": 2},
+        "logging": {"tensorboard": True, "wandb": "clips"},
+    }
     config = tiny.config(steps=2, **changes)
     train(config)
     rows = read_metrics(config.out)
@@ -75,8 +79,12 @@ def test_both_get_every_row(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [step for step, _ in begun[1][0].rows] == [3, 4, 4] and {step for _, step in Writer.made[1].told} == {3, 4}
 
 
-def test_a_logger_that_is_not_installed_is_named_before_anything_is_loaded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_logger_that_is_not_installed_is_named_before_anything_is_loaded(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in (("tensorboard", True), ("wandb", "clips")):
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ValueError, match=rf"logging\.{name} is set, but {name} is not installed: pip install {name}"):
+        with pytest.raises(
+            ValueError, match=rf"logging\.{name} is set, but {name} is not installed: pip install {name}"
+        ):
             train(tiny.config(logging={name: value}))

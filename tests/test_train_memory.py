@@ -31,7 +31,11 @@ def dit() -> WanDiT:
 
 def gradients(dit: WanDiT) -> dict[str, Tensor]:
     dit.zero_grad()
-    out = dit(make_input(2, 16, 3, 4, 4), torch.tensor([[900.0, 100.0, 5.0], [1000.0, 3.0, 400.0]]), make_input(2, 6, 64, seed=1))
+    out = dit(
+        make_input(2, 16, 3, 4, 4),
+        torch.tensor([[900.0, 100.0, 5.0], [1000.0, 3.0, 400.0]]),
+        make_input(2, 6, 64, seed=1),
+    )
     (out * make_input(*out.shape, seed=2)).sum().backward()
     return {name: p.grad.clone() for name, p in dit.named_parameters() if p.grad is not None}
 
@@ -41,8 +45,12 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("trains", ["lora", "all"])
-@pytest.mark.parametrize(("mode", "offload"), [("block", False), ("attention", False), ("block", True), ("attention", True)])
-def test_gradients_are_the_same_to_the_bit(dit: WanDiT, monkeypatch: pytest.MonkeyPatch, trains: str, mode: str, offload: bool) -> None:
+@pytest.mark.parametrize(
+    ("mode", "offload"), [("block", False), ("attention", False), ("block", True), ("attention", True)]
+)
+def test_gradients_are_the_same_to_the_bit(
+    dit: WanDiT, monkeypatch: pytest.MonkeyPatch, trains: str, mode: str, offload: bool
+) -> None:
     if trains == "lora":
         for adapter in add_lora(dit, rank=4):
             torch.nn.init.normal_(adapter, std=0.05)
@@ -193,7 +201,9 @@ def test_a_block_keeps_one_residual_and_attention(monkeypatch: pytest.MonkeyPatc
     # Its input, and twice (over the video, over the text) attention's result with its log-sum-exp; the context is every block's own.
     assert per_token == {(1, L, D): 1, heads: 2, (1, WIDE.num_heads, L): 2, (1, 512, D): 1}
     plain, _ = _block("none")
-    assert sum(torch.Size(s).numel() * n for s, n in plain.items()) > 4 * sum(torch.Size(s).numel() * n for s, n in shapes.items())
+    assert sum(torch.Size(s).numel() * n for s, n in plain.items()) > 4 * sum(
+        torch.Size(s).numel() * n for s, n in shapes.items()
+    )
     assert not any(6 in s and L in s for s in plain), "modulation was spread over the tokens"
 
 

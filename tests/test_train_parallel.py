@@ -58,7 +58,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "fsdp-bf16": {"parallel": "fsdp", "dtype": "bfloat16"},
     "fsdp-full": {"parallel": "fsdp", **FULL},
     "fsdp-full-bf16": {"parallel": "fsdp", "dtype": "bfloat16", **FULL},
-    "ddp-muon": {"parallel": "ddp", "lora": None, "optim": {"name": "muon", "lr": 1e-3, "muon_lr": 3e-3, "ema_decay": 0.5}},
+    "ddp-muon": {
+        "parallel": "ddp",
+        "lora": None,
+        "optim": {"name": "muon", "lr": 1e-3, "muon_lr": 3e-3, "ema_decay": 0.5},
+    },
 }
 BEGUN = ("ddp", "fsdp", "fsdp-full")  # also in a folder where one process took the first two steps
 
@@ -86,7 +90,10 @@ def ran(tiny: Any, start: Start, folder: Path) -> Path:
             (folder / f"{name}-begun.yaml").write_text(dump_config(begun.model_copy(update={"steps": 4})))
         (tiny.runs / "worker.py").write_text(WORKER)
         paths = [folder / f"{name}.yaml" for name in (*RUNS, *(f"{name}-begun" for name in BEGUN))]
-        both = [start("worker.py", folder / "store", rank, *paths, **AS_TORCHRUN, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+        both = [
+            start("worker.py", folder / "store", rank, *paths, **AS_TORCHRUN, RANK=rank, LOCAL_RANK=rank)
+            for rank in "01"
+        ]
         errors = [process.communicate(timeout=120)[1] for process in both]
         (folder / "said").write_text("\n".join([str(max(abs(process.returncode) for process in both)), *errors]))
     code, errors = (folder / "said").read_text().split("\n", 1)
@@ -116,14 +123,18 @@ def test_two_processes_compute_what_one_does(ran: Path, tmp_path: Path, name: st
     for value in ("loss", "gradient_norm", "validation_loss"):
         mine, theirs = told(tmp_path / "one", value), told(two, value)
         assert len(mine) == (4 if value != "validation_loss" else 1 if name == "fsdp" else 2)
-        assert theirs == pytest.approx(mine, rel=(0.03 if low else 1e-4) if value != "loss" else (0.01 if low else 1e-5)), value
+        assert theirs == pytest.approx(
+            mine, rel=(0.03 if low else 1e-4) if value != "loss" else (0.01 if low else 1e-5)
+        ), value
     a, b = weights(tmp_path / "one"), weights(two)
     assert a.keys() == b.keys() and {t.dtype for t in b.values()} == {torch.float32}
     if not low:
         # Adam divides by the gradient's size: where that is next to nothing, rounding decides, hence the norm of all.
         flat = [torch.cat([t.flatten() for _, t in sorted(table.items())]) for table in (b, a)]
         assert relative_error(*flat) < 2e-3
-    assert {"best.json", "step-000004"} <= {p.name for p in (two / "checkpoints").iterdir()}  # and the best, where another is
+    assert {"best.json", "step-000004"} <= {
+        p.name for p in (two / "checkpoints").iterdir()
+    }  # and the best, where another is
     assert json.loads((two / "checkpoints" / "step-000004" / "state.json").read_text())["processes"] == 2
 
 

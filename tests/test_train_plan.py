@@ -47,13 +47,24 @@ def small_threads() -> Iterator[None]:
 
 
 def _config(store: LatentStore, out: Path, **more: Any) -> TrainConfig:
-    return parse_config({"data": {"path": store.folder}, "out": out, "batch_size": 8, "lora": {"rank": 8}, "objective": {"shift": 5.0}, **more})
+    return parse_config(
+        {
+            "data": {"path": store.folder},
+            "out": out,
+            "batch_size": 8,
+            "lora": {"rank": 8},
+            "objective": {"shift": 5.0},
+            **more,
+        }
+    )
 
 
 @pytest.mark.usefixtures("small_threads")
 @pytest.mark.parametrize("mode", ["none", "block", "attention"])
 @pytest.mark.parametrize("change", [{}, {"accumulate": 2}, {"lora": None}, {"dtype": "bfloat16"}], ids=str)
-def test_activations_and_gradients_are_as_planned(store: LatentStore, tmp_path: Path, mode: str, change: dict[str, Any]) -> None:
+def test_activations_and_gradients_are_as_planned(
+    store: LatentStore, tmp_path: Path, mode: str, change: dict[str, Any]
+) -> None:
     if ops.backends()["native"] is not None:
         pytest.skip("without the compiled part other operators run than the plan follows")
     config = _config(store, tmp_path, memory={"checkpointing": mode}, **change)
@@ -75,10 +86,16 @@ def test_activations_and_gradients_are_as_planned(store: LatentStore, tmp_path: 
 
 def test_checkpointing_and_offload_show_in_the_plan(store: LatentStore, tmp_path: Path) -> None:
     def activations(**memory: Any) -> int:
-        return plan_step(_config(store, tmp_path, memory=memory), DIT, SHAPE, TEXT, torch.device("cpu")).memory["activations"]
+        return plan_step(_config(store, tmp_path, memory=memory), DIT, SHAPE, TEXT, torch.device("cpu")).memory[
+            "activations"
+        ]
 
-    assert activations(checkpointing="attention", offload=True) == activations(checkpointing="attention")  # all of it is small
-    assert activations(checkpointing="block") < activations(checkpointing="attention") < activations(checkpointing="none")
+    assert activations(checkpointing="attention", offload=True) == activations(
+        checkpointing="attention"
+    )  # all of it is small
+    assert (
+        activations(checkpointing="block") < activations(checkpointing="attention") < activations(checkpointing="none")
+    )
 
 
 def test_the_published_recipe_fits_one_gpu_of_141_gb() -> None:
@@ -99,13 +116,24 @@ def test_what_processes_and_offload_change() -> None:
     config = parse_config({"data": {"path": "x"}, "out": "y"})
     dit = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=6)  # the 14B model's blocks
     plan, eighth = (plan_step(config, dit, CLIP_480P, 512, CUDA, processes=n) for n in (1, 8))
-    assert eighth.memory == plan.memory and (plan.tokens, eighth.tokens) == (8 * 32_760, 32_760) and eighth.flops == plan.flops / 8
+    assert (
+        eighth.memory == plan.memory
+        and (plan.tokens, eighth.tokens) == (8 * 32_760, 32_760)
+        and eighth.flops == plan.flops / 8
+    )
     sharded = plan_step(config.model_copy(update={"parallel": "fsdp"}), dit, CLIP_480P, 512, CUDA, processes=8)
-    assert sharded.memory["frozen weights"] == plan.memory["frozen weights"] // 8 and sharded.memory["activations"] == plan.memory["activations"]
+    assert (
+        sharded.memory["frozen weights"] == plan.memory["frozen weights"] // 8
+        and sharded.memory["activations"] == plan.memory["activations"]
+    )
     away = config.model_copy(update={"memory": config.memory.model_copy(update={"offload": True})})
     offloaded = plan_step(away, dit, CLIP_480P, 512, CUDA)
-    assert plan.memory["activations"] - offloaded.memory["activations"] > 4 * 32_760 * 5120 * 2  # nearly all inputs of blocks
-    refused = CliRunner().invoke(cli.app, ["train", "--set", "data.path=x", "--set", "out=y", "--plan", "--processes", "0"])
+    assert (
+        plan.memory["activations"] - offloaded.memory["activations"] > 4 * 32_760 * 5120 * 2
+    )  # nearly all inputs of blocks
+    refused = CliRunner().invoke(
+        cli.app, ["train", "--set", "data.path=x", "--set", "out=y", "--plan", "--processes", "0"]
+    )
     assert refused.exit_code == 2 and "--processes must be at least 1, got 0" in refused.stderr
 
 
@@ -114,10 +142,14 @@ def test_flops_against_the_table_of_the_performance_notes() -> None:
     config = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
     latents = (1, 16, 21, 60, 104)
     text_kv = 40 * 4.0 * 512 * 5120**2
-    assert flops.products(config, latents, 512) + flops.attention(config, latents, 512) - text_kv == pytest.approx(1.678e15, rel=2e-3)
+    assert flops.products(config, latents, 512) + flops.attention(config, latents, 512) - text_kv == pytest.approx(
+        1.678e15, rel=2e-3
+    )
     lora = parse_config({"data": {"path": "x"}, "out": "y"}).lora
     assert lora is not None
-    per_token = 40 * 512 * (6 * 2 * 5120 + 2 * (5120 + 13824))  # those on tokens; the two on the text's 512 rows add little
+    per_token = (
+        40 * 512 * (6 * 2 * 5120 + 2 * (5120 + 13824))
+    )  # those on tokens; the two on the text's 512 rows add little
     assert flops.low_rank(config, latents, 512, lora) == pytest.approx(2 * per_token * 32_760, rel=0.01)
 
 

@@ -51,7 +51,9 @@ def assert_as_undisturbed(config: Any) -> None:
     train(whole)
     assert losses(config) == losses(whole) and len(losses(whole)) == STEPS
     assert (config.out / "lora.safetensors").read_bytes() == (whole.out / "lora.safetensors").read_bytes()
-    assert sorted(p.name for p in (config.out / "checkpoints").iterdir()) == [f"step-{n:06d}" for n in (STEPS - 3, STEPS)]
+    assert sorted(p.name for p in (config.out / "checkpoints").iterdir()) == [
+        f"step-{n:06d}" for n in (STEPS - 3, STEPS)
+    ]
 
 
 def test_killed_twice(config: Any, start: Start) -> None:
@@ -81,7 +83,9 @@ def test_asked_to_stop(tiny: Any, start: Start, number: signal.Signals, code: in
     assert err.splitlines() == ["stopping after this step, with a checkpoint", *(["interrupted"] if code else [])]
     assert [p.name for p in (endless.out / "checkpoints").iterdir()] == [f"step-{done:06d}"] and done >= 4
     assert not (endless.out / "lora.safetensors").exists()
-    runs = [endless.model_copy(update={"steps": done + 2, "out": endless.out.with_name(name)}) for name in ("cut", "whole")]
+    runs = [
+        endless.model_copy(update={"steps": done + 2, "out": endless.out.with_name(name)}) for name in ("cut", "whole")
+    ]
     for config in runs:
         train(config)
     assert losses(runs[0]) == losses(runs[1])

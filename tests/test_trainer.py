@@ -40,7 +40,10 @@ STATEFUL: dict[str, Any] = {
     "data": {"caption_dropout": 0.2, "validation_clips": 3},
     "validation": {"every": 2},
 }
-MUON: dict[str, Any] = {"lora": None, "optim": {"name": "muon", "lr": 1e-3, "muon_lr": 3e-3, "schedule": "cosine", "ema_decay": 0.9}}
+MUON: dict[str, Any] = {
+    "lora": None,
+    "optim": {"name": "muon", "lr": 1e-3, "muon_lr": 3e-3, "schedule": "cosine", "ema_decay": 0.9},
+}
 FULL: dict[str, Any] = {"lora": None, "optim": {"lr": 1e-3}}
 
 
@@ -103,7 +106,9 @@ def test_accumulation_equals_one_batch(tiny: Any) -> None:
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
     a, b = weights(whole), weights(parts)
     assert all(relative_error(b[name], a[name]) < 1e-4 for name in a)
-    assert [row["gradient_norm"] for row in rows(parts)] == pytest.approx([row["gradient_norm"] for row in rows(whole)], rel=1e-4)
+    assert [row["gradient_norm"] for row in rows(parts)] == pytest.approx(
+        [row["gradient_norm"] for row in rows(whole)], rel=1e-4
+    )
 
 
 def _batch(made: Trainer, step: int = 0) -> Batch:
@@ -161,7 +166,15 @@ def test_a_clean_first_frame_needs_a_second_one(tiny: Any) -> None:
 
 def test_optimiser_is_adamw_at_the_rates_of_the_schedule(tiny: Any) -> None:
     """Two steps against AdamW by hand on the trainer's own gradients."""
-    options = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "warmup_steps": 2, "schedule": "cosine", "final_lr": 0.1}
+    options = {
+        "lr": 0.01,
+        "betas": (0.8, 0.95),
+        "eps": 1e-6,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+        "schedule": "cosine",
+        "final_lr": 0.1,
+    }
     made = begin(tiny.config(steps=6, optim=options, lora=None))
     state: dict[str, tuple[Tensor, Tensor]] = {}
     steps = made.data.steps(0)
@@ -184,8 +197,15 @@ def test_optimiser_is_adamw_at_the_rates_of_the_schedule(tiny: Any) -> None:
 def test_gradients_are_clipped_and_their_norm_is_told_unclipped(tiny: Any) -> None:
     plain, clipped = begin(tiny.config(lora=None)), begin(tiny.config(lora=None, optim={"clip_norm": 0.01}))
     told = [made.train_step([_batch(made)])["gradient_norm"] for made in (plain, clipped)]
-    norms = [float(torch.stack([p.grad.norm() for p in made.parameters if p.grad is not None]).norm()) for made in (plain, clipped)]
-    assert told[0] == told[1] == pytest.approx(norms[0], rel=1e-5) and told[0] > 0.1 and norms[1] == pytest.approx(0.01, rel=1e-3)
+    norms = [
+        float(torch.stack([p.grad.norm() for p in made.parameters if p.grad is not None]).norm())
+        for made in (plain, clipped)
+    ]
+    assert (
+        told[0] == told[1] == pytest.approx(norms[0], rel=1e-5)
+        and told[0] > 0.1
+        and norms[1] == pytest.approx(0.01, rel=1e-3)
+    )
 
 
 def test_averages_by_hand(tiny: Any) -> None:
@@ -203,15 +223,23 @@ def test_averages_by_hand(tiny: Any) -> None:
     made.export()
     A = dict(adapters(made.dit))["blocks.0.self_attn.q"].lora_A
     written = weights(config)["blocks.0.self_attn.q.lora_A.default.weight"]
-    assert not torch.equal(written, A) and torch.allclose(written.double(), expected["blocks.0.self_attn.qkv.adapters.blocks-0-self_attn-q.lora_A"], rtol=1e-5, atol=1e-7)
+    assert not torch.equal(written, A) and torch.allclose(
+        written.double(), expected["blocks.0.self_attn.qkv.adapters.blocks-0-self_attn-q.lora_A"], rtol=1e-5, atol=1e-7
+    )
     assert same(trained(made), now), "the averages stayed in the model"
 
 
 def test_rates() -> None:
     made = optim.rate
-    cosine = trainer.TrainConfig(data={"path": "x"}, out="y", optim={"schedule": "cosine", "warmup_steps": 4, "final_lr": 0.1}).optim
+    cosine = trainer.TrainConfig(
+        data={"path": "x"}, out="y", optim={"schedule": "cosine", "warmup_steps": 4, "final_lr": 0.1}
+    ).optim
     assert [made(step, 14, cosine) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert made(4, 14, cosine) == 1.0 and made(9, 14, cosine) == pytest.approx(0.55) and made(14, 14, cosine) == pytest.approx(0.1)
+    assert (
+        made(4, 14, cosine) == 1.0
+        and made(9, 14, cosine) == pytest.approx(0.55)
+        and made(14, 14, cosine) == pytest.approx(0.1)
+    )
     constant = trainer.TrainConfig(data={"path": "x"}, out="y").optim
     assert [made(step, 14, constant) for step in (0, 5, 100)] == [1.0] * 3
 
@@ -332,7 +360,10 @@ def test_a_finished_run_started_again_writes_the_same(tiny: Any) -> None:
 
 
 def test_a_constant_rate_goes_on_for_more_steps(tiny: Any) -> None:
-    longer, short = tiny.config("a", steps=6, checkpoints={"every": 3}), tiny.config("b", steps=3, checkpoints={"every": 3})
+    longer, short = (
+        tiny.config("a", steps=6, checkpoints={"every": 3}),
+        tiny.config("b", steps=3, checkpoints={"every": 3}),
+    )
     train(longer)
     train(short)
     train(short.model_copy(update={"steps": 6}))
@@ -412,7 +443,9 @@ def test_fewer_steps_than_were_taken_are_refused(tiny: Any) -> None:
 
 
 def test_the_best_validation_loss_is_kept_wherever_it_falls(tiny: Any) -> None:
-    config = tiny.config(steps=5, data={"validation_clips": 2}, validation={"every": 1}, checkpoints={"every": 0, "keep": 1})
+    config = tiny.config(
+        steps=5, data={"validation_clips": 2}, validation={"every": 1}, checkpoints={"every": 0, "keep": 1}
+    )
     train(config)
     losses = [row["validation_loss"] for row in read_metrics(config.out) if "validation_loss" in row]
     best = json.loads((config.out / "checkpoints" / "best.json").read_text())
@@ -502,7 +535,9 @@ def _full_disk(*args: Any, **named: Any) -> Any:
 
 
 @pytest.mark.parametrize("place", ["pusa_fast.training.saved.save", "os.fsync", "pathlib.Path.mkdir"])
-def test_a_full_disk_leaves_what_was_there(tiny: Any, finished: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_a_full_disk_leaves_what_was_there(
+    tiny: Any, finished: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     settings = {"checkpoints": {"every": 2}}
     whole, config = finished(**settings), tiny.config("full", **settings)
     plain, calls = Trainer._save, []
@@ -517,7 +552,10 @@ def test_a_full_disk_leaves_what_was_there(tiny: Any, finished: Callable[..., An
 
     monkeypatch.setattr(Trainer, "_save", fails)
     before = threading.active_count()
-    with pytest.raises(OSError, match=r"no checkpoint of step 4 \(the last one is .*step-000002\), for the disk is full: make room, and start") as caught:
+    with pytest.raises(
+        OSError,
+        match=r"no checkpoint of step 4 \(the last one is .*step-000002\), for the disk is full: make room, and start",
+    ) as caught:
         train(config)
     assert "\n" not in str(caught.value) and threading.active_count() == before
     error: BaseException | None = caught.value
@@ -547,19 +585,33 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def test_the_system_refuses_to_write_a_checkpoint(tiny: Any) -> None:
     """torch's writer hides what the system said behind an error of its own."""
-    config = tiny.config(steps=2, lora={"rank": 1024}, checkpoints={"every": 1})  # each matrix is larger than what may be written
+    config = tiny.config(
+        steps=2, lora={"rank": 1024}, checkpoints={"every": 1}
+    )  # each matrix is larger than what may be written
     begun = begin(config)
     begun._save(None)
     begun.step = 1
-    with files_of_at_most(100_000), pytest.raises(OSError, match=r"no checkpoint of step 1 \(the last one is .*step-000000\), for a file may not be as large as this here: raise ulimit -f"):
+    with (
+        files_of_at_most(100_000),
+        pytest.raises(
+            OSError,
+            match=r"no checkpoint of step 1 \(the last one is .*step-000000\), for a file may not be as large as this here: raise ulimit -f",
+        ),
+    ):
         begun._save(None)
     assert saved(config) == ["step-000000"]
 
 
 def test_the_system_refuses_to_write_weights(tiny: Any, tmp_path: Path) -> None:
     with files_of_at_most(10_000), pytest.raises(OSError, match="File too large") as caught:
-        checkpoint.save(tmp_path / "x.safetensors", {"a": torch.zeros(10_000)}, load_dit(tiny.dit, device="meta").config)
-    assert caught.value.errno == errno.EFBIG and not list(tmp_path.glob("*.safetensors*")) and not list(tmp_path.glob(".*"))
+        checkpoint.save(
+            tmp_path / "x.safetensors", {"a": torch.zeros(10_000)}, load_dit(tiny.dit, device="meta").config
+        )
+    assert (
+        caught.value.errno == errno.EFBIG
+        and not list(tmp_path.glob("*.safetensors*"))
+        and not list(tmp_path.glob(".*"))
+    )
 
 
 def test_two_runs_in_one_folder(tiny: Any) -> None:
@@ -595,7 +647,9 @@ def test_no_number_names_the_clip_and_the_last_good_checkpoint(tiny: Any) -> Non
                 latents[3, 1, 2, 2] = float("nan")
             writer.add(clip.key, latents, store.text(i), source=clip.source, caption=clip.caption)
     config = tiny.config(data={"path": str(folder)}, steps=50, batch_size=2, checkpoints={"every": 1})
-    with pytest.raises(FloatingPointError, match=r"loss is nan .*6\.mp4 \('clip 6'\).*last good checkpoint is .*step-0") as caught:
+    with pytest.raises(
+        FloatingPointError, match=r"loss is nan .*6\.mp4 \('clip 6'\).*last good checkpoint is .*step-0"
+    ) as caught:
         train(config)
     text = str(caught.value)
     others = [f"{i}.mp4" for i in range(11) if i != 6]
@@ -610,7 +664,9 @@ def test_no_number_in_the_gradient_alone(tiny: Any, monkeypatch: pytest.MonkeyPa
     parts = next(made.data.steps(0))
     before = trained(made)
     made.parameters[5].register_hook(lambda g: g * float("inf"))
-    with pytest.raises(FloatingPointError, match=r"gradient's norm (nan|inf) on .*there is no checkpoint yet") as caught:
+    with pytest.raises(
+        FloatingPointError, match=r"gradient's norm (nan|inf) on .*there is no checkpoint yet"
+    ) as caught:
         made.train_step(parts)
     assert all(clip.source in str(caught.value) for clip in parts[0].clips)
     assert same(trained(made), before) and made.step == 0
@@ -632,7 +688,11 @@ def test_mistakes_are_found_before_the_model_is_loaded(tiny: Any, monkeypatch: p
         ({"data": {"path": "gone"}}, FileNotFoundError, "pusa-fast prepare"),
         ({"lora": {"start": "gone.safetensors"}}, FileNotFoundError, "lora.start gone.safetensors does not exist"),
         ({"out": str(tiny.runs / "file")}, NotADirectoryError, "give a folder"),
-        ({"validation": {"every": 1, "samples": [{"prompt": "a", "image": "gone.png"}]}}, FileNotFoundError, r"gone\.png"),
+        (
+            {"validation": {"every": 1, "samples": [{"prompt": "a", "image": "gone.png"}]}},
+            FileNotFoundError,
+            r"gone\.png",
+        ),
         ({"device": "tpu"}, ValueError, "unknown device .tpu."),
         ({"device": "cpu:x"}, ValueError, "unknown device"),
         ({"attention": "flash9"}, ValueError, "flash9"),
@@ -661,9 +721,15 @@ def test_clips_of_another_model_are_refused(tiny: Any) -> None:
 def test_clips_of_another_encoder_are_refused(tiny: Any, part: str, what: str) -> None:
     with StoreWriter(tiny.runs / "other", {**LatentStore(tiny.clips).model, part: "another's"}) as writer:
         writer.add("a", make_input(16, 2, 4, 4), make_input(2, 64), source="a", caption="")
-    with pytest.raises(ValueError, match=f"other was prepared with another {what} than that of .*nano: prepare the clips with this model"):
+    with pytest.raises(
+        ValueError,
+        match=f"other was prepared with another {what} than that of .*nano: prepare the clips with this model",
+    ):
         train(tiny.config(data={"path": str(tiny.runs / "other")}, batch_size=1))
-    assert train(tiny.config(steps=1, data={"path": str(tiny.runs / "other"), "same_encoders": False}, batch_size=1)).step == 1
+    assert (
+        train(tiny.config(steps=1, data={"path": str(tiny.runs / "other"), "same_encoders": False}, batch_size=1)).step
+        == 1
+    )
 
 
 def test_caption_dropout_without_an_empty_caption(tiny: Any) -> None:
@@ -685,7 +751,10 @@ def test_start_goes_on_from_a_lora(tiny: Any) -> None:
     again = begin(tiny.config("again", lora={"start": start, "alpha": 8.0}))
     for name, adapter in adapters(again.dit):
         assert torch.equal(adapter.lora_A, weights(first)[f"{name}.lora_A.default.weight"])
-        assert torch.allclose(adapter.lora_B * adapter.scale, weights(first)[f"{name}.lora_B.default.weight"]) and adapter.scale == 2.0
+        assert (
+            torch.allclose(adapter.lora_B * adapter.scale, weights(first)[f"{name}.lora_B.default.weight"])
+            and adapter.scale == 2.0
+        )
     with torch.no_grad():  # the same model, at another scale
         batch, plain = _batch(again), begin(tiny.config("plain", lora={"start": start}))
         assert float(again.loss(batch)[0]) == pytest.approx(float(plain.loss(batch)[0]), rel=1e-5) and again.step == 0
@@ -715,8 +784,16 @@ def _made_up_captions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_validation_loss_is_that_of_the_averaged_weights(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "load_text_encoder", lambda *args: pytest.fail("the text encoder was loaded without samples"))
-    config = tiny.config(steps=4, data={"validation_clips": 5}, validation={"every": 2}, optim={"ema_decay": 0.5}, checkpoints={"every": 2})
+    monkeypatch.setattr(
+        validation, "load_text_encoder", lambda *args: pytest.fail("the text encoder was loaded without samples")
+    )
+    config = tiny.config(
+        steps=4,
+        data={"validation_clips": 5},
+        validation={"every": 2},
+        optim={"ema_decay": 0.5},
+        checkpoints={"every": 2},
+    )
     train(config)
     told = [row for row in rows(config) if "validation_loss" in row]
     assert [row["step"] for row in told] == [2, 4] and not (config.out / "samples").exists()
@@ -726,8 +803,14 @@ def test_validation_loss_is_that_of_the_averaged_weights(tiny: Any, monkeypatch:
     made.average.swap()
     held = list(validation_batches(LatentStore(tiny.clips), 5, 1, made.sampling, config.seed))
     total = sum(float(made.loss(batch)[0].detach()) for batch in held)
-    assert len(held) == 5 and told[-1]["validation_loss"] == pytest.approx(total / 5, rel=1e-5) and told[-1]["validation_loss"] != plain
-    assert json.loads((config.out / "checkpoints" / "best.json").read_text())["loss"] == min(row["validation_loss"] for row in told)
+    assert (
+        len(held) == 5
+        and told[-1]["validation_loss"] == pytest.approx(total / 5, rel=1e-5)
+        and told[-1]["validation_loss"] != plain
+    )
+    assert json.loads((config.out / "checkpoints" / "best.json").read_text())["loss"] == min(
+        row["validation_loss"] for row in told
+    )
 
 
 def test_previews_are_files_one_can_look_at(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -745,13 +828,22 @@ def test_previews_are_files_one_can_look_at(tiny: Any, monkeypatch: pytest.Monke
         assert sheet.width >= 32 and sheet.height >= 64
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
 def test_what_fails_in_previews_costs_no_step(tiny: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     _made_up_captions(monkeypatch)
-    config = tiny.config(steps=4, validation={"every": 2, "samples": [{"prompt": "a"}], "steps": 1, "num_frames": 5}, checkpoints={"every": 3})
+    config = tiny.config(
+        steps=4,
+        validation={"every": 2, "samples": [{"prompt": "a"}], "steps": 1, "num_frames": 5},
+        checkpoints={"every": 3},
+    )
     with monkeypatch.context() as patch:
         patch.setattr(validation.Pipeline, "__call__", lambda *args, **named: (_ for _ in ()).throw(error))
-        with pytest.raises(torch.OutOfMemoryError, match=r"in validation at step 2: make validation\.num_frames, .* the steps so far are saved"):
+        with pytest.raises(
+            torch.OutOfMemoryError,
+            match=r"in validation at step 2: make validation\.num_frames, .* the steps so far are saved",
+        ):
             train(config)
     assert saved(config) == ["step-000002"]
     assert train(config).step == 4 and saved(config) == ["step-000002", "step-000003", "step-000004"]
@@ -759,7 +851,9 @@ def test_what_fails_in_previews_costs_no_step(tiny: Any, monkeypatch: pytest.Mon
         assert len(list(file.decode(video=0))) == 5
 
 
-def test_a_sample_that_is_no_picture_is_found_before_anything_is_loaded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_that_is_no_picture_is_found_before_anything_is_loaded(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trainer, "load_dit", lambda *args, **named: pytest.fail("a model was loaded"))
     text = tiny.runs / "text.png"
     text.write_text("no picture")
@@ -775,7 +869,11 @@ def test_samples_take_the_memory_that_training_leaves(tiny: Any, monkeypatch: py
     _made_up_captions(monkeypatch)
     seen: list[Any] = []
     monkeypatch.setattr(validation, "usable_memory", lambda device: 10**9)
-    monkeypatch.setattr(validation.Pipeline, "__call__", lambda self, **named: seen.append(named["tiling"]) or torch.zeros(9, 32, 32, 3, dtype=torch.uint8))
+    monkeypatch.setattr(
+        validation.Pipeline,
+        "__call__",
+        lambda self, **named: seen.append(named["tiling"]) or torch.zeros(9, 32, 32, 3, dtype=torch.uint8),
+    )
     config = tiny.config(steps=2, validation={"every": 2, "samples": [{"prompt": "a"}]}, optim={"ema_decay": 0.5})
     train(config)
     adapters_bytes = sum(t.nbytes for t in weights(config).values())

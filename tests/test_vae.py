@@ -44,7 +44,9 @@ def test_streams_like_the_reference_at_any_chunk_length(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_stages_may_cut_a_clip_each_in_its_own_way(vae: WanVAE, golden: GoldenLoader, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_may_cut_a_clip_each_in_its_own_way(
+    vae: WanVAE, golden: GoldenLoader, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = random.Random(seed)
     monkeypatch.setattr(Stage, "latents_per_piece", lambda *_: draw.randint(1, 4))
     g = golden("vae")
@@ -52,7 +54,9 @@ def test_stages_may_cut_a_clip_each_in_its_own_way(vae: WanVAE, golden: GoldenLo
     assert relative_error(vae.decode(g["f17.latent"]), g["f17.decoded"]) < 1e-5
 
 
-def test_frames_leave_in_pieces_that_stay_as_they_are(vae: WanVAE, golden: GoldenLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_leave_in_pieces_that_stay_as_they_are(
+    vae: WanVAE, golden: GoldenLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """uint8 frames of each piece, truncated or rounded; the input and earlier pieces are not written to again."""
     z = golden("vae")["f17.latent"]
     before, video = z.clone(), vae.decode(z)
@@ -68,7 +72,9 @@ def test_frames_leave_in_pieces_that_stay_as_they_are(vae: WanVAE, golden: Golde
     assert torch.equal(z, before)
 
 
-def test_a_piece_is_computed_when_it_is_asked_for(vae: WanVAE, golden: GoldenLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_is_computed_when_it_is_asked_for(
+    vae: WanVAE, golden: GoldenLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Stage, "latents_per_piece", lambda *_: 1)
     done: list[int] = []
     head = vae_stream._LAYERS[Head]
@@ -132,8 +138,14 @@ def test_a_frame_does_not_see_the_future(vae: WanVAE) -> None:
 
 
 @pytest.mark.parametrize("latents", [1, 4])
-@pytest.mark.parametrize("tiling", [None, Tiling(tile=(3, 3), mode="exact"), Tiling(tile=(3, 3), stride=(2, 2))], ids=lambda t: "whole" if t is None else t.mode)
-def test_batch_items_are_independent(vae: WanVAE, tiling: Tiling | None, latents: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "tiling",
+    [None, Tiling(tile=(3, 3), mode="exact"), Tiling(tile=(3, 3), stride=(2, 2))],
+    ids=lambda t: "whole" if t is None else t.mode,
+)
+def test_batch_items_are_independent(
+    vae: WanVAE, tiling: Tiling | None, latents: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Stage, "latents_per_piece", lambda *_: latents)
     torch.manual_seed(0)
     z, video = torch.randn(2, 16, 3, 4, 5), torch.rand(2, 3, 9, 32, 40) * 2 - 1
@@ -196,7 +208,9 @@ def test_frame_counts_other_than_4k_plus_1_are_refused(vae: WanVAE, frames: int)
         vae.encode(torch.zeros(1, 3, frames, 16, 16))
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 5, 16, 20), (1, 3, 5, 0, 16), (1, 4, 5, 16, 16), (3, 5, 16, 16), (0, 3, 5, 16, 16)])
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 5, 16, 20), (1, 3, 5, 0, 16), (1, 4, 5, 16, 16), (3, 5, 16, 16), (0, 3, 5, 16, 16)]
+)
 def test_encode_refuses_other_shapes(vae: WanVAE, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"multiples of 8|takes a video"):
         vae.encode(torch.zeros(shape))

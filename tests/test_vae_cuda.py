@@ -38,8 +38,14 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tiling", [None, Tiling(tile=(3, 4), mode="exact"), Tiling(tile=(4, 4), stride=(2, 3))], ids=lambda t: "whole" if t is None else t.mode)
-def test_gpu_is_cpu(vae: WanVAE, on_gpu: WanVAE, dtype: torch.dtype, tiling: Tiling | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "tiling",
+    [None, Tiling(tile=(3, 4), mode="exact"), Tiling(tile=(4, 4), stride=(2, 3))],
+    ids=lambda t: "whole" if t is None else t.mode,
+)
+def test_gpu_is_cpu(
+    vae: WanVAE, on_gpu: WanVAE, dtype: torch.dtype, tiling: Tiling | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = copy.deepcopy(on_gpu).to(dtype)
     z, video = make_input(1, 16, 3, 7, 10), make_input(1, 3, 9, 56, 80).clamp(-1, 1)
@@ -62,12 +68,17 @@ def test_tiles_on_the_gpu(backend: str, dtype: torch.dtype) -> None:
     tops, lefts = [p[0] for p in places], [p[1] for p in places]
     tiles = blending.gather_tiles(source.to(CUDA), (16, 16), tops, lefts, backend)
     assert torch.equal(tiles.cpu(), blending.gather_tiles(source, (16, 16), tops, lefts, "torch"))
-    blends = {where: blending.Blend(5, 24, 31, 3, (8, 1), torch.device(where), dtype, name) for where, name in (("cuda", backend), ("cpu", "torch"))}
+    blends = {
+        where: blending.Blend(5, 24, 31, 3, (8, 1), torch.device(where), dtype, name)
+        for where, name in (("cuda", backend), ("cpu", "torch"))
+    }
     for where, blend in blends.items():
         blend.add(tiles.to(where), tops, lefts)
     exact = blending.Blend(5, 24, 31, 3, (8, 1), torch.device("cpu"), torch.float64, "torch")
     exact.add(tiles.double().cpu(), tops, lefts)
-    assert_within_budget(blends["cuda"].values(clamp=False).cpu(), blends["cpu"].values(clamp=False), exact.values(clamp=False))
+    assert_within_budget(
+        blends["cuda"].values(clamp=False).cpu(), blends["cpu"].values(clamp=False), exact.values(clamp=False)
+    )
     for rounded in (False, True):
         assert (blends["cuda"].frames(rounded).cpu().int() - blends["cpu"].frames(rounded).int()).abs().max() <= 1
 

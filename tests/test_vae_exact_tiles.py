@@ -48,7 +48,9 @@ def test_a_batch_in_tiles(vae: WanVAE) -> None:
     z = make_input(2, 16, 2, 5, 6)
     tiling = Tiling(tile=(2, 4), mode="exact")
     for i in range(2):
-        torch.testing.assert_close(vae.decode(z, tiling)[i : i + 1], vae.decode(z[i : i + 1], tiling), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            vae.decode(z, tiling)[i : i + 1], vae.decode(z[i : i + 1], tiling), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_uint8_frames_of_tiles(vae: WanVAE) -> None:
@@ -116,7 +118,10 @@ def test_overcompute(vae: WanVAE) -> None:
     runner = vae.runner("decode")
     boxes = list(exact_boxes((12, 10), Tiling(tile=(12, 10), mode="exact"), 8))
     assert overcompute(runner.outer, boxes, (12, 10), runner.inner) == 1
-    costs = [overcompute(runner.outer, exact_boxes((12, 10), Tiling(tile=(t, t), mode="exact"), 8), (12, 10), runner.inner) for t in (8, 4, 2)]
+    costs = [
+        overcompute(runner.outer, exact_boxes((12, 10), Tiling(tile=(t, t), mode="exact"), 8), (12, 10), runner.inner)
+        for t in (8, 4, 2)
+    ]
     assert 1 < costs[0] < costs[1] < costs[2]
 
 
@@ -139,7 +144,10 @@ def test_stages_of_the_published_vae() -> None:
     ]  # fmt: skip
     assert full(3, 4) == ((0, 3), (0, 4))
     # 480p in bf16: one latent frame of the last stage is 4 frames of 480x832x96, of the first 60x104x384.
-    sizes = [stage.latents_per_piece(full(60 * s, 104 * s), 2, 4 * 480 * 832 * 96 * 2) for stage, s in zip(decode.stages, (1, 1, 2, 4), strict=True)]
+    sizes = [
+        stage.latents_per_piece(full(60 * s, 104 * s), 2, 4 * 480 * 832 * 96 * 2)
+        for stage, s in zip(decode.stages, (1, 1, 2, 4), strict=True)
+    ]
     assert sizes == [64, 8, 2, 1]
     assert decode.stages[-1].latents_per_piece(full(240, 416), 2, 1) == 1
     assert [s.halo for s in decode.stages[1:]] == [6, 6, 7]

@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 # Without bf16 in oneDNN torch converts whole clips to float32 on its way, which no prediction knows of.
 DTYPES = [
     torch.float32,
-    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not products.ONEDNN_BF16, reason="no bf16 products in oneDNN here")),
+    pytest.param(
+        torch.bfloat16, marks=pytest.mark.skipif(not products.ONEDNN_BF16, reason="no bf16 products in oneDNN here")
+    ),
 ]
 TILINGS = [None, Tiling(tile=(6, 8), mode="exact"), Tiling(tile=(8, 8), stride=(6, 7))]
 
@@ -32,7 +34,9 @@ def vae() -> WanVAE:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tiling", TILINGS, ids=lambda t: "whole" if t is None else t.mode)
 @pytest.mark.parametrize("chunk_bytes", [1, 32 << 20])
-def test_the_prediction_is_what_a_run_takes(vae: WanVAE, dtype: torch.dtype, tiling: Tiling | None, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_prediction_is_what_a_run_takes(
+    vae: WanVAE, dtype: torch.dtype, tiling: Tiling | None, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vae = vae.to(dtype)
     monkeypatch.setattr(vae, "chunk_bytes", chunk_bytes)
     z, video = make_input(1, 16, 3, 11, 14, dtype=dtype), make_input(1, 3, 9, 88, 112, dtype=dtype)
@@ -45,14 +49,19 @@ def test_the_prediction_is_what_a_run_takes(vae: WanVAE, dtype: torch.dtype, til
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stride", [(6, 7), (3, 3)], ids=["few", "many"])
-def test_a_long_clip_in_feathered_tiles_takes_what_is_predicted(dtype: torch.dtype, stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_clip_in_feathered_tiles_takes_what_is_predicted(
+    dtype: torch.dtype, stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the tiles, or their sum, weigh more than what the layers hold."""
     torch.manual_seed(0)
     vae = WanVAE(VAEConfig(base_dim=8, num_res_blocks=1)).eval().to(dtype)
     monkeypatch.setattr(vae, "chunk_bytes", 1)
     z = make_input(1, 16, 9, 11, 14, dtype=dtype)
     tiling = Tiling(tile=(8, 8), stride=stride)
-    for frames, call in ((False, lambda: vae.decode(z, tiling)), (True, lambda: [None for _ in vae.decode_frames(z, tiling)])):
+    for frames, call in (
+        (False, lambda: vae.decode(z, tiling)),
+        (True, lambda: [None for _ in vae.decode_frames(z, tiling)]),
+    ):
         taken = measured_bytes(call, CPU)
         assert peak_bytes(vae, "decode", tuple(z.shape), tiling, frames) == pytest.approx(taken, rel=0.15), frames
 
@@ -80,7 +89,9 @@ def test_auto_is_whole_where_that_fits_else_the_largest_tiles_that_do(vae: WanVA
         resolve(vae, "decode", shape, Tiling.auto(1000))
 
 
-@pytest.mark.parametrize(("kind", "shape", "diffusers_mib"), [("decode", (1, 16, 5, 16, 28), 301), ("encode", (1, 3, 17, 128, 224), 224.7)])
+@pytest.mark.parametrize(
+    ("kind", "shape", "diffusers_mib"), [("decode", (1, 16, 5, 16, 28), 301), ("encode", (1, 3, 17, 128, 224), 224.7)]
+)
 def test_the_published_size_takes_less_than_diffusers(kind: str, shape: tuple[int, ...], diffusers_mib: float) -> None:
     """bf16 on the CPU; diffusers' figures are those that bench vae measured (bench/results/vae-cpu.json)."""
     with torch.device("meta"):
@@ -105,7 +116,16 @@ def test_frames_that_leave_count_for_nothing(vae: WanVAE, monkeypatch: pytest.Mo
     memory = peak_bytes(vae, "decode", shape, frames=True)
     assert memory < peak_bytes(vae, "decode", shape)
     assert resolve(vae, "decode", shape, Tiling.auto(memory), frames=True) is None
-    assert resolve(vae, "decode", (1, 16, 40, 12, 16), Tiling.auto(peak_bytes(vae, "decode", (1, 16, 40, 12, 16), frames=True)), frames=True) is None
+    assert (
+        resolve(
+            vae,
+            "decode",
+            (1, 16, 40, 12, 16),
+            Tiling.auto(peak_bytes(vae, "decode", (1, 16, 40, 12, 16), frames=True)),
+            frames=True,
+        )
+        is None
+    )
 
 
 def test_weights_are_those_on_the_device_each_once(vae: WanVAE) -> None:
@@ -133,7 +153,9 @@ def test_auto_by_itself_plans_with_the_device_less_the_weights(vae: WanVAE, monk
     shape = (1, 16, 3, 20, 30)
     weights = sum(p.numel() * p.element_size() for p in vae.parameters())
     for spare, whole in ((0, True), (-1, False)):
-        monkeypatch.setattr(vae_memory, "usable_memory", lambda _, spare=spare: peak_bytes(vae, "decode", shape) + weights + spare)
+        monkeypatch.setattr(
+            vae_memory, "usable_memory", lambda _, spare=spare: peak_bytes(vae, "decode", shape) + weights + spare
+        )
         assert (resolve(vae, "decode", shape, Tiling.auto()) is None) == whole
 
 
@@ -141,7 +163,9 @@ def test_the_machine_has_memory() -> None:
     assert 2**28 < vae_memory.usable_memory(CPU) < 2**50
 
 
-@pytest.mark.parametrize(("given", "message"), [({"mode": "auto", "memory": 0}, "memory=0"), ({"memory": 5}, "'auto' only")])
+@pytest.mark.parametrize(
+    ("given", "message"), [({"mode": "auto", "memory": 0}, "memory=0"), ({"memory": 5}, "'auto' only")]
+)
 def test_bad_budgets_are_refused(given: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Tiling(**given)  # type: ignore[arg-type]

@@ -192,7 +192,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 @pytest.mark.parametrize("side", [10_000, 60_000])
 def test_a_decompression_bomb_is_refused(tmp_path: Path, side: int) -> None:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
     with pytest.raises(ValueError, match=r"bomb\.png would unpack to more than"):
         video.read_image(tmp_path / "bomb.png")
 
@@ -203,7 +205,9 @@ def test_damaged_pictures_are_refused(tmp_path: Path, suffix: str, damage: str) 
     path = tmp_path / f"x.{suffix}"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
     data = path.read_bytes()
-    path.write_bytes({"half": data[: len(data) // 2], "text": b"not a picture", "header": data[:20], "empty": b""}[damage])
+    path.write_bytes(
+        {"half": data[: len(data) // 2], "text": b"not a picture", "header": data[:20], "empty": b""}[damage]
+    )
     with pytest.raises(ValueError, match=rf"x\.{suffix}") as caught:
         video.read_image(path)
     assert "\n" not in str(caught.value)

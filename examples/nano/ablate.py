@@ -38,7 +38,11 @@ from pusa_fast.training.trainer import train
 from pusa_fast.weights.files import file_hash
 
 HERE = Path(__file__).parent
-ROWS, PAGE, IMAGES = HERE / "ablations.json", HERE.parents[1] / "docs" / "training.md", HERE.parents[1] / "docs" / "images"
+ROWS, PAGE, IMAGES = (
+    HERE / "ablations.json",
+    HERE.parents[1] / "docs" / "training.md",
+    HERE.parents[1] / "docs" / "images",
+)
 BATCH, SCENES, SCENE_SEED = 8, 60, 4096
 T2V, I2V = "text-to-video", "image-to-video, noise 0"
 NEAR = 3.0  # pixels; of the base's clips one in eight stays so near to the true continuation, of nano's own LoRA's nine in ten
@@ -231,12 +235,23 @@ def summary(results: Results) -> dict[str, float]:
     kept = {f"i2v {name}": mean(i2v[measure]) for name, measure in long.items()}
     kept["i2v path"] = mean([100.0 * (error <= NEAR) for error in i2v["centroid error px"]])
     halves = {"i2v": mean(list(kept.values())), "quality": mean(list(quality.values()))}
-    return {"total": mean(list(halves.values())), **halves, **kept, **quality, "path px": mean(i2v["centroid error px"])}
+    return {
+        "total": mean(list(halves.values())),
+        **halves,
+        **kept,
+        **quality,
+        "path px": mean(i2v["centroid error px"]),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="training runs; nano's clips in its folder nano (default %(default)s)")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs"),
+        help="training runs; nano's clips in its folder nano (default %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new run or row after so long")
     parser.add_argument("--processes", type=int, default=dit.threads(), help="of one thread each (default: one a core)")

@@ -27,7 +27,17 @@ _TRAINED = {  # the LoRA at 1.4, by iterations
     "fully random": {150: 81.62, 900: 87.09}, "all weights, fully random": {150: 83.78, 900: 84.06},
     "all weights, first frame clean": {150: 75.01, 900: 73.21},
 }  # fmt: skip
-_STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # t of 95 % by number of values
+_STUDENT = {
+    2: 12.71,
+    3: 4.30,
+    4: 3.18,
+    5: 2.78,
+    6: 2.57,
+    7: 2.45,
+    8: 2.36,
+    9: 2.31,
+    10: 2.26,
+}  # t of 95 % by number of values
 
 
 def values(rows: Sequence[Row], measure: str = "total", **where: Any) -> list[float]:
@@ -65,15 +75,33 @@ def tables(rows: Sequence[Row], scenes: int) -> str:
     strengths, halves = [f"strength {s:g}" for s in STRENGTHS], ("i2v", "quality")
     at_14 = {"run": "fully random", "iterations": 900, "strength": 1.4}
     sampling = [
-        [name, *_by_strength(rows, paper, run=name, iterations=900), *(cell(rows, m, run=name, iterations=900, strength=1.4) for m in (*halves, "path px"))]
+        [
+            name,
+            *_by_strength(rows, paper, run=name, iterations=900),
+            *(cell(rows, m, run=name, iterations=900, strength=1.4) for m in (*halves, "path px")),
+        ]
         for name, paper in _SAMPLING.items()
     ]
     names = {FULL: "fully random", HALF: "half the rank"}
-    ranks = [[f"{rank} (paper: {16 * rank})", *_by_strength(rows, paper, run=names[rank], iterations=750)] for rank, paper in _RANK.items()]
-    iterations = [[str(i), *_by_strength(rows, paper, run="fully random", iterations=i)] for i, paper in _ITERATIONS.items()]
-    steps = [[str(n), cell(rows, paper=p, **at_14, steps=n), *(cell(rows, m, **at_14, steps=n) for m in halves)] for n, p in _STEPS.items()]
+    ranks = [
+        [f"{rank} (paper: {16 * rank})", *_by_strength(rows, paper, run=names[rank], iterations=750)]
+        for rank, paper in _RANK.items()
+    ]
+    iterations = [
+        [str(i), *_by_strength(rows, paper, run="fully random", iterations=i)] for i, paper in _ITERATIONS.items()
+    ]
+    steps = [
+        [str(n), cell(rows, paper=p, **at_14, steps=n), *(cell(rows, m, **at_14, steps=n) for m in halves)]
+        for n, p in _STEPS.items()
+    ]
     trained = [
-        [name, *(cell(rows, paper=p, run=name, iterations=i, strength=1.4 if name == "fully random" else 1.0) for i, p in paper.items())]
+        [
+            name,
+            *(
+                cell(rows, paper=p, run=name, iterations=i, strength=1.4 if name == "fully random" else 1.0)
+                for i, p in paper.items()
+            ),
+        ]
         for name, paper in _TRAINED.items()
     ]
     return "\n\n".join([
@@ -95,16 +123,28 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     def line(axis: Any, places: Sequence[float], label: str | None, where: Sequence[Row]) -> None:
         found = [(x, v) for x, w in zip(places, where, strict=True) if (v := values(rows, **w))]
-        spread = [_STUDENT.get(len(v), 2.26) * float(torch.tensor(v).std()) / len(v) ** 0.5 if len(v) > 1 else 0.0 for _, v in found]
-        axis.errorbar([x for x, _ in found], [mean(v) for _, v in found], spread, marker="o", capsize=2, lw=1.2, label=label)
+        spread = [
+            _STUDENT.get(len(v), 2.26) * float(torch.tensor(v).std()) / len(v) ** 0.5 if len(v) > 1 else 0.0
+            for _, v in found
+        ]
+        axis.errorbar(
+            [x for x, _ in found], [mean(v) for _, v in found], spread, marker="o", capsize=2, lw=1.2, label=label
+        )
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     for s in STRENGTHS:
-        line(axes[0], ITERATIONS, f"strength {s:g}", [{"run": "fully random", "iterations": i, "strength": s} for i in ITERATIONS])
+        line(
+            axes[0],
+            ITERATIONS,
+            f"strength {s:g}",
+            [{"run": "fully random", "iterations": i, "strength": s} for i in ITERATIONS],
+        )
     for name in _SAMPLING:
         line(axes[1], STRENGTHS, name, [{"run": name, "iterations": 900, "strength": s} for s in STRENGTHS])
     line(axes[2], STEPS, None, [{"run": "fully random", "iterations": 900, "strength": 1.4, "steps": n} for n in STEPS])
-    for axis, label in zip(axes, ("iterations", "strength, 900 iterations", "inference steps, 900 iterations at 1.4"), strict=True):
+    for axis, label in zip(
+        axes, ("iterations", "strength, 900 iterations", "inference steps, 900 iterations at 1.4"), strict=True
+    ):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("total, %")

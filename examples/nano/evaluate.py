@@ -48,7 +48,11 @@ def vae_psnr(pipe: Pipeline, photo: bool, clips: int, seed: int) -> list[float]:
     generator = torch.Generator().manual_seed(seed + photo)
     found = []
     for _ in range(clips):
-        clip = data.render([data.draw(generator, held_out=True, photo_share=float(photo))]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        clip = (
+            data.render([data.draw(generator, held_out=True, photo_share=float(photo))]).permute(0, 4, 1, 2, 3).float()
+            / 127.5
+            - 1
+        )
         found.append(float(10 * torch.log10(4 / (pipe.vae.decode(pipe.vae.encode(clip)) - clip).square().mean())))
     return found
 
@@ -96,7 +100,9 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=60, help="held-out scenes per task (default %(default)s)")
     parser.add_argument("--seed", type=int, default=2024, help="draws the scenes; clip i uses sampling seed i")
     parser.add_argument("--write", action="store_true", help="write results.json and the tables of docs/nano.md")
-    parser.add_argument("--tables", action="store_true", help="only write the tables of docs/nano.md, from results.json")
+    parser.add_argument(
+        "--tables", action="store_true", help="only write the tables of docs/nano.md, from results.json"
+    )
     args = parser.parse_args()
     if args.tables:
         write_page(json.loads(RECORD.read_text()))
@@ -106,7 +112,10 @@ def main() -> None:
     start = time.monotonic()
     results = evaluate(args.model, held_out_scenes(args.clips, args.seed))
     pipe = Model(args.model).load()
-    psnr = {name: vae_psnr(pipe, name == "photographic", min(args.clips, 100), args.seed) for name in ("procedural", "photographic")}
+    psnr = {
+        name: vae_psnr(pipe, name == "photographic", min(args.clips, 100), args.seed)
+        for name in ("procedural", "photographic")
+    }
     record = {
         "clips": args.clips, "seed": args.seed, "seconds": round(time.monotonic() - start), "training": pipe.spec["training"],
         "sampling": {name: pipe.defaults[name] for name in ("steps", "guidance_scale")},
@@ -129,7 +138,10 @@ def training_table(training: dict[str, Any]) -> str:
     for name, stage in training["stages"].items():
         figures = ", ".join(f"{k} {v:.4g}" for k, v in stage.items() if k not in ("steps", "seconds"))
         rows.append(f"| {name} | {stage['steps']} | {stage['seconds'] / 60:.0f} min | {figures} |")
-    return "\n".join(rows) + f"\n\nSeed {training['seed']}, float32, {training['threads']} CPU threads, torch {training['torch']}."
+    return (
+        "\n".join(rows)
+        + f"\n\nSeed {training['seed']}, float32, {training['threads']} CPU threads, torch {training['torch']}."
+    )
 
 
 def between(page: str, start: str, text: str) -> str:

@@ -47,7 +47,9 @@ def prepare(run: Path, model: Path, seed: int, clips: int) -> Path:
     """Render, encode and store the first `clips` training clips; goes on where it was killed."""
     out = folder(run, model)
     vae = load_vae(model / "vae.safetensors", dtype=torch.float32)
-    text = TextEncoder.from_directory(model / "text_encoder", model / "tokenizer", dtype=torch.float32, text_len=TEXT_LEN)
+    text = TextEncoder.from_directory(
+        model / "text_encoder", model / "tokenizer", dtype=torch.float32, text_len=TEXT_LEN
+    )
     text.cache_size = 100_000  # captions come again and again
     about = {
         **_encoders(run, model), "channels": vae.config.z_dim, "text_dim": text.model.config.d_model, "text_len": text.text_len,

@@ -22,7 +22,9 @@ def run(config: TrainConfig, processes: int) -> Outcome:
     write_text(settings, dump_config(config))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
     stopped = False
-    with subprocess.Popen([*torchrun, "-m", "pusa_fast.cli", "train", str(settings)], env=os.environ | {"OMP_NUM_THREADS": "1"}) as child:
+    with subprocess.Popen(
+        [*torchrun, "-m", "pusa_fast.cli", "train", str(settings)], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as child:
 
         def stop(number: int, frame: Any) -> None:
             nonlocal stopped

@@ -37,6 +37,8 @@ def crop(size: int, generator: torch.Generator, names: Sequence[str] = TRAINING)
     side = round(size * (min(H, W) / size) ** share)  # as often a small detail as the whole
     y, x = (int(torch.randint(n - side + 1, (), generator=generator)) for n in (H, W))
     square = picture[None, :, y : y + side, x : x + side].float()
-    small = torch.nn.functional.interpolate(square, (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
+    small = torch.nn.functional.interpolate(square, (size, size), mode="bilinear", antialias=True, align_corners=False)[
+        0
+    ]
     mirrored = small.flip(2) if float(torch.rand((), generator=generator)) < 0.5 else small
     return mirrored.permute(1, 2, 0)

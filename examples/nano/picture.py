@@ -12,7 +12,10 @@ from pusa_fast.training import sprites
 def main() -> None:
     if len(sys.argv) != 7:
         tables = (sprites.COLORS, sprites.SHAPES, sprites.DIRECTIONS, sprites.BACKGROUNDS)
-        sys.exit("usage: picture.py COLOR SHAPE DIRECTION BACKGROUND FIRST LAST, of " + "; ".join(" ".join(t) for t in tables))
+        sys.exit(
+            "usage: picture.py COLOR SHAPE DIRECTION BACKGROUND FIRST LAST, of "
+            + "; ".join(" ".join(t) for t in tables)
+        )
     color, shape, direction, background, first, last = sys.argv[1:]
     dx, dy = sprites.DIRECTIONS[direction]
     scene = sprites.Scene(shape, color, "large", direction, "slowly", background, 32 - 12 * dx, 32 - 12 * dy)

@@ -115,21 +115,36 @@ def held_out_scenes(count: int, seed: int) -> list[sprites.Scene]:
 
 
 @torch.no_grad()
-def make(pipe: Pipeline, captions: Sequence[str], truths: Tensor, given: Sequence[tuple[int, int, float]], seeds: Sequence[int], steps: int | None = None) -> Tensor:
+def make(
+    pipe: Pipeline,
+    captions: Sequence[str],
+    truths: Tensor,
+    given: Sequence[tuple[int, int, float]],
+    seeds: Sequence[int],
+    steps: int | None = None,
+) -> Tensor:
     """One clip a caption, uint8 [N, T, H, W, 3], as `pipe(caption, conditions=..., seed=...)` makes it. truths [N, T, H, W, 3]."""
     defaults, config = pipe.defaults, pipe.vae.config
     assert pipe.text_encoder is not None
     starts = []
     for truth, seed in zip(truths, seeds, strict=True):
-        plan = task.resolve([Condition(truth[frame], latent, noise) for frame, latent, noise in given], defaults["num_frames"], lambda _: None)
-        clean = conditioning.encode_conditions(plan, pipe.vae, lambda i, plan=plan: conditioning.to_video(plan.media[i][None], pipe.device))
+        plan = task.resolve(
+            [Condition(truth[frame], latent, noise) for frame, latent, noise in given],
+            defaults["num_frames"],
+            lambda _: None,
+        )
+        clean = conditioning.encode_conditions(
+            plan, pipe.vae, lambda i, plan=plan: conditioning.to_video(plan.media[i][None], pipe.device)
+        )
         size = (defaults["height"] // config.spatial_factor, defaults["width"] // config.spatial_factor)
         noise = conditioning.initial_noise(seed, (1, config.z_dim, plan.latent_frames, *size))
         schedule = lift(sigma_grid(steps or defaults["steps"], defaults["shift"]), plan.multipliers, "reference")
         starts.append(conditioning.initial_latents(noise.to(pipe.device), schedule, plan.placements, clean))
     context, empty = pipe.text_encoder.encode(captions), pipe.text_encoder.encode([defaults["negative_prompt"]])
     negative = empty.expand_as(context).contiguous()
-    latents = sampler.sample(pipe.dit, torch.cat(starts), schedule, context, negative, defaults["guidance_scale"], mode="batch")
+    latents = sampler.sample(
+        pipe.dit, torch.cat(starts), schedule, context, negative, defaults["guidance_scale"], mode="batch"
+    )
     return torch.cat(list(pipe.vae.decode_frames(latents)), dim=1)
 
 

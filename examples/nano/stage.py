@@ -62,7 +62,9 @@ def train(
     if path.exists():
         saved = torch.load(path, weights_only=True)
         if saved["plan"] != plan:
-            raise ValueError(f"{path} is of another run ({saved['plan']}, not {plan}): delete it, or give another --run")
+            raise ValueError(
+                f"{path} is of another run ({saved['plan']}, not {plan}): delete it, or give another --run"
+            )
         start, spent = saved["step"], saved["seconds"]
         for key, module in modules.items():
             module.load_state_dict(saved["modules"][key])

@@ -20,7 +20,30 @@ from pusa_fast.training import sprites
 TEXT_LEN, WIDTH = 24, 64
 STEPS, BATCH = 500, 128
 _ATTRIBUTES = ("shape", "color", "size", "direction", "speed", "background")
-_EXTRA = ["a", "an", "the", "moves", "slides", "is", "moving", "to", "on", "background", "with", "and", "in", "of", "from", "clip", "video", "shape", "slow", "fast", "still", "photo"]
+_EXTRA = [
+    "a",
+    "an",
+    "the",
+    "moves",
+    "slides",
+    "is",
+    "moving",
+    "to",
+    "on",
+    "background",
+    "with",
+    "and",
+    "in",
+    "of",
+    "from",
+    "clip",
+    "video",
+    "shape",
+    "slow",
+    "fast",
+    "still",
+    "photo",
+]
 
 
 def build_tokenizer() -> Any:
@@ -63,7 +86,9 @@ class TextStack(nn.Module):
         return cls(encoder, AutoTokenizer.from_pretrained(folder / "tokenizer"))
 
     def forward(self, captions: Sequence[str]) -> Tensor:
-        tokens = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=TEXT_LEN, return_tensors="pt")
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=TEXT_LEN, return_tensors="pt"
+        )
         mask = tokens["attention_mask"]
         hidden: Tensor = self.encoder(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
         return hidden * mask[..., None]
@@ -93,7 +118,10 @@ def train(run: Path, seed: int, scale: float) -> TextStack:
         rows = stack(captions)
         mean = rows.sum(1) / rows.any(-1).sum(1, keepdim=True)
         logits = [head(mean) for head in heads]
-        wanted = [torch.tensor([_said(s, c, column, tables[column]) for s, c in zip(samples, captions, strict=True)]) for column in range(6)]
+        wanted = [
+            torch.tensor([_said(s, c, column, tables[column]) for s, c in zip(samples, captions, strict=True)])
+            for column in range(6)
+        ]
         right[0] = sum(float((x.argmax(1) == y).float().mean()) for x, y in zip(logits, wanted, strict=True)) / 6
         return torch.stack([F.cross_entropy(x, y) for x, y in zip(logits, wanted, strict=True)]).sum()
 

@@ -43,11 +43,18 @@ STAGES = {"vae": vae.steps, "text": text.steps, "base": dit.base_steps, "lora": 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/nano"), help="checkpoints and logs (default %(default)s)")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/nano"), help="checkpoints and logs (default %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=ASSETS, help="the model directory (default: the embedded one)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps of every stage and on the clips")
-    parser.add_argument("--threads", type=int, default=dit.threads(), help="of the VAE and text encoder; base and LoRA take as many processes")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=dit.threads(),
+        help="of the VAE and text encoder; base and LoRA take as many processes",
+    )
     parser.add_argument("--export", action="store_true", help="write the weights of the newest checkpoint to --out")
     parser.add_argument("--until", choices=tuple(STAGES), default="lora", help="the last stage to run")
     args = parser.parse_args()
@@ -75,9 +82,13 @@ class Nano:
         for name, plan in STAGES.items():
             steps, done = plan(self.scale), self.stages.get(name, {}).get("steps", 0)
             if done > steps:
-                raise SystemExit(f"{self.out} holds {done} steps of {name}, the plan has {steps}: give another --out, or a larger --scale")
+                raise SystemExit(
+                    f"{self.out} holds {done} steps of {name}, the plan has {steps}: give another --out, or a larger --scale"
+                )
             if done == steps:
-                print(f"{name}: {self.out} holds it already ({steps} steps, seed {self.seed}); --out DIR trains another")
+                print(
+                    f"{name}: {self.out} holds it already ({steps} steps, seed {self.seed}); --out DIR trains another"
+                )
             else:
                 self._record(name, steps, getattr(self, f"_{name}")(done))
             if name == last:

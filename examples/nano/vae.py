@@ -55,7 +55,9 @@ def build(seed: int) -> WanVAE:
     return vae
 
 
-def batch(phase: Phase, generator: torch.Generator, held_out: bool = False, photo_share: float = data.PHOTO_SHARE) -> Tensor:
+def batch(
+    phase: Phase, generator: torch.Generator, held_out: bool = False, photo_share: float = data.PHOTO_SHARE
+) -> Tensor:
     """Random crops [N, 3, T, crop, crop] in [-1, 1], most of them near the shape."""
     samples = [data.draw(generator, held_out, photo_share) for _ in range(phase.batch)]
     clips = data.render(samples, phase.frames)
@@ -63,7 +65,9 @@ def batch(phase: Phase, generator: torch.Generator, held_out: bool = False, phot
         jitter = torch.randn(len(samples), 2, generator=generator) * 6
         centers = torch.stack([s.scene.centers(phase.frames).mean(0) for s in samples])
         corners = (centers - phase.crop / 2 + jitter).round().clamp(0, sprites.SIZE - phase.crop).int().tolist()
-        clips = torch.stack([c[:, y : y + phase.crop, x : x + phase.crop] for c, (x, y) in zip(clips, corners, strict=True)])
+        clips = torch.stack(
+            [c[:, y : y + phase.crop, x : x + phase.crop] for c, (x, y) in zip(clips, corners, strict=True)]
+        )
     return to_signal(clips)
 
 

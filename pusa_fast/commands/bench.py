@@ -20,8 +20,13 @@ Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="Where (def
 Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes, warm caches: shows that it runs, not how fast.")]
 Out = Annotated[str | None, typer.Option(metavar="FILE", help="Write the result there too, step by step.")]
 Seconds = Annotated[float | None, typer.Option(min=1, help="Start nothing new after that many seconds.")]
-Shapes = Annotated[list[str] | None, typer.Option("--shape", help="14b-480p, 14b-720p, 1.3b-480p, 1.3b-2k, tiny. Repeatable.")]
-Dtypes = Annotated[list[str] | None, typer.Option("--dtype", metavar="fp32|bf16", help="Repeatable (default: both on a CPU, bf16 on a GPU).")]
+Shapes = Annotated[
+    list[str] | None, typer.Option("--shape", help="14b-480p, 14b-720p, 1.3b-480p, 1.3b-2k, tiny. Repeatable.")
+]
+Dtypes = Annotated[
+    list[str] | None,
+    typer.Option("--dtype", metavar="fp32|bf16", help="Repeatable (default: both on a CPU, bf16 on a GPU)."),
+]
 Providers = Annotated[list[str] | None, typer.Option("--provider", help="Who computes it (default all). Repeatable.")]
 
 
@@ -43,7 +48,17 @@ def ops(
     out: Out = None,
 ) -> None:
     """Each op: time, GB/s, per cent of the copy bandwidth of the same run; beside plain torch, torch.compile, others' formulations."""
-    _run("ops", device, quick, seconds, out, ops=_names(op), shapes=_names(shape), dtypes=_names(dtype), providers=_names(provider))
+    _run(
+        "ops",
+        device,
+        quick,
+        seconds,
+        out,
+        ops=_names(op),
+        shapes=_names(shape),
+        dtypes=_names(dtype),
+        providers=_names(provider),
+    )
 
 
 @app.command()
@@ -57,7 +72,9 @@ def attention(
     out: Out = None,
 ) -> None:
     """Every attention backend that can be used here, forward and backward."""
-    _run("attention", device, quick, seconds, out, shapes=_names(shape), dtypes=_names(dtype), providers=_names(provider))
+    _run(
+        "attention", device, quick, seconds, out, shapes=_names(shape), dtypes=_names(dtype), providers=_names(provider)
+    )
 
 
 @app.command()
@@ -75,7 +92,9 @@ def dit(
 
 @app.command()
 def vae(
-    size: Annotated[str | None, typer.Option(metavar="480p|720p", help="On a GPU: 81 frames of 832x480 or 1280x720 (default both).")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="480p|720p", help="On a GPU: 81 frames of 832x480 or 1280x720 (default both).")
+    ] = None,
     dtype: Dtypes = None,
     device: Device = None,
     quick: Quick = False,
@@ -88,9 +107,15 @@ def vae(
 
 @app.command()
 def e2e(
-    model: Annotated[str | None, typer.Option(metavar="NAME|DIR", help="nano, a model's folder, or with --random-weights a size.")] = None,
-    random_weights: Annotated[bool, typer.Option("--random-weights", help="A model of that size, made up: times, no pictures.")] = False,
-    size: Annotated[str | None, typer.Option(metavar="480p|720p", help="81 frames of 832x480 or 1280x720 (default 480p).")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME|DIR", help="nano, a model's folder, or with --random-weights a size.")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="A model of that size, made up: times, no pictures.")
+    ] = False,
+    size: Annotated[
+        str | None, typer.Option(metavar="480p|720p", help="81 frames of 832x480 or 1280x720 (default 480p).")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps (default 4).")] = None,
     precision: Annotated[str | None, typer.Option(metavar="fp8", help="Of the transformer's products.")] = None,
     device: Device = None,
@@ -106,7 +131,9 @@ def e2e(
 
 @app.command()
 def train(
-    size: Annotated[str | None, typer.Option(metavar="480p|720p", help="On a GPU: 81 frames of 832x480 or 1280x720 (default 480p).")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="480p|720p", help="On a GPU: 81 frames of 832x480 or 1280x720 (default 480p).")
+    ] = None,
     device: Device = None,
     quick: Quick = False,
     seconds: Seconds = None,
@@ -149,7 +176,9 @@ def compare(
 
 
 @app.command()
-def report(check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where a table is out of date.")] = False) -> None:
+def report(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where a table is out of date.")] = False,
+) -> None:
     """Write the tables of the documents from bench/results."""
     harness = load("harness")
     result = load("report").run(check)

@@ -39,7 +39,9 @@ def examine() -> dict[str, Any]:
 
 
 def _devices() -> list[str]:
-    found = [f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"]
+    found = [
+        f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+    ]
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         found.append(f"cuda:{index} ({card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor})")

@@ -56,11 +56,18 @@ def _load(job: Job) -> Pipeline:
 
     dtype = None if job.dtype is None else DTYPES[job.dtype]
     lora: dict[str | os.PathLike[str], float] | None = None if job.lora is None else dict(job.lora.items())
-    return Pipeline.from_pretrained(job.model, lora=lora, device=job.device, dtype=dtype, precision=job.precision, attention=job.attention)
+    return Pipeline.from_pretrained(
+        job.model, lora=lora, device=job.device, dtype=dtype, precision=job.precision, attention=job.attention
+    )
 
 
 def _make(
-    job: Job, pipe: Pipeline, target: Target, conditions: list[Condition], hashes: record.Hashes, seconds: dict[str, float]
+    job: Job,
+    pipe: Pipeline,
+    target: Target,
+    conditions: list[Condition],
+    hashes: record.Hashes,
+    seconds: dict[str, float],
 ) -> None:
     chosen = job.settings
     with _progress(chosen.steps, f"seed {target.seed}") as callback:
@@ -122,7 +129,13 @@ class Thinned:
 def _progress(steps: int, label: str) -> Iterator[Any]:
     """A callback for the pipeline that moves a bar on stderr; no bar where stderr is no terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         bar = progress.add_task(label, total=steps)
         yield lambda done, _steps, _latents: progress.update(bar, completed=done)
@@ -132,7 +145,9 @@ def _record(
     job: Job, pipe: Pipeline, target: Target, hashes: dict[str, str], frames: str, seconds: dict[str, float]
 ) -> dict[str, Any]:
     """Every setting under the name by which `prepare` reads it again, then what else is known of the run."""
-    settings = {field.name: getattr(job.settings, field.name) for field in fields(job.settings) if field.name != "output"}
+    settings = {
+        field.name: getattr(job.settings, field.name) for field in fields(job.settings) if field.name != "output"
+    }
     run = pipe.last_run
     return {
         "task": job.resolved.task,
@@ -159,6 +174,8 @@ def _record(
         "versions": record.versions(),
         "commit": record.commit(),
         "hashes": {
-            "model": record.named_hashes(job.files, hashes), "lora": {path: hashes[path] for path in job.lora or ()}, "frames": frames,
+            "model": record.named_hashes(job.files, hashes),
+            "lora": {path: hashes[path] for path in job.lora or ()},
+            "frames": frames,
         },
     }

@@ -22,7 +22,12 @@ from pusa_fast.weights.pretrained import ModelFiles, find_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = ("fp8",)
-TILINGS: Mapping[str, Tiling | str | None] = {"whole": None, "auto": "auto", "exact": Tiling(mode="exact"), "feather": Tiling()}
+TILINGS: Mapping[str, Tiling | str | None] = {
+    "whole": None,
+    "auto": "auto",
+    "exact": Tiling(mode="exact"),
+    "feather": Tiling(),
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,9 @@ def prepare(options: Options, inputs: Inputs) -> Job:
     known = {} if options.from_ is None else record.read(options.from_)
     prompt = _first(options.prompt, known.get("prompt"))
     if not isinstance(prompt, str):
-        raise ValueError('nothing says what to make: give a prompt, such as pusa-fast generate "a red circle moves right"')
+        raise ValueError(
+            'nothing says what to make: give a prompt, such as pusa-fast generate "a red circle moves right"'
+        )
     model = str(_first(options.model, known.get("model"), "nano"))
     files = find_model(model)
     width, height = (None, None) if options.size is None else parse_size(options.size)
@@ -99,7 +106,9 @@ def prepare(options: Options, inputs: Inputs) -> Job:
         "shift": options.shift, "compat": options.compat, "fit": options.fit,
     }  # fmt: skip
     asked = {name: _first(value, known.get(name)) for name, value in given.items()}
-    multiple = 2 * VAEConfig().spatial_factor  # of the VAE and the transformer's patches; the loaded model is asked again
+    multiple = (
+        2 * VAEConfig().spatial_factor
+    )  # of the VAE and the transformer's patches; the loaded model is asked again
     with as_typed():
         settings, *_ = (task.settings({**asked, "seed": seed}, files.defaults, (multiple, multiple)) for seed in seeds)
     fps = _first(options.fps, known.get("fps"), files.defaults["fps"])
@@ -237,7 +246,9 @@ def _targets(out: str, seeds: list[int], fps: float, overwrite: bool, media: Med
         for path in (target.clip, target.sheet, target.record):
             real, is_folder = os.path.realpath(path), path.endswith("/")
             if used := [given for given in inputs if given == real or (is_folder and given.startswith(real + os.sep))]:
-                raise ValueError(f"--out {out} would replace {used[0]}, which the clip is made from: choose another name")
+                raise ValueError(
+                    f"--out {out} would replace {used[0]}, which the clip is made from: choose another name"
+                )
             if os.path.isdir(path) and not is_folder:
                 raise IsADirectoryError(f"{path} is a folder where a file is to be written: choose another --out")
             empty = is_folder and os.path.isdir(path) and not os.listdir(path)

@@ -121,8 +121,12 @@ class MediaPlan:
 def _read(given: Given, needed: int, fps: float) -> Tensor:
     if given.source is None:
         return video.read_image(given.path)
-    video.check_whole(given.path)  # damage beyond what is needed would be met after generation, when the clip is written
-    frames = video.read_video(given.path, fps, needed if given.last_frames is None else None, last_frames=given.last_frames)
+    video.check_whole(
+        given.path
+    )  # damage beyond what is needed would be met after generation, when the clip is written
+    frames = video.read_video(
+        given.path, fps, needed if given.last_frames is None else None, last_frames=given.last_frames
+    )
     if len(frames) < needed:
         raise ValueError(
             f"{given.path} has only {len(frames)} frames at {fps:g} per second, {needed} are needed for the latents kept: "
@@ -150,7 +154,9 @@ def plan_media(inputs: Inputs, num_frames: int) -> MediaPlan:
     given = inputs.given()
     for name, needs in _NEEDS.items():
         if name in given and not set(needs) & set(given):
-            raise ValueError(f"{_option(name)} needs {' or '.join(map(_option, needs))}: give that too, or leave it out")
+            raise ValueError(
+                f"{_option(name)} needs {' or '.join(map(_option, needs))}: give that too, or leave it out"
+            )
     clips = [name for name in ("video", "extend", "transition") if name in given]
     if len(clips) > 1:
         raise ValueError(f"{' and '.join(map(_option, clips))} do not go together: give one of them")
@@ -190,7 +196,9 @@ def _kept(inputs: Inputs, path: str, latent_frames: int) -> Given:
     # Resolved here, since a clip's latents are taken from where they go.
     latents = tuple(latent + latent_frames if -latent_frames <= latent < 0 else latent for latent in keep)
     if outside := [latent for latent in latents if not 0 <= latent < latent_frames]:
-        raise ValueError(f"--keep {inputs.keep}: latent {outside[0]} does not exist, the clip has latents 0 to {latent_frames - 1}")
+        raise ValueError(
+            f"--keep {inputs.keep}: latent {outside[0]} does not exist, the clip has latents 0 to {latent_frames - 1}"
+        )
     noise = (0.0,) if inputs.keep_noise is None else parse_noises("--keep-noise", inputs.keep_noise)
     return Given(os.path.abspath(path), latents, _one_or_each(noise, len(latents), inputs.keep_noise), source=latents)
 
@@ -198,17 +206,27 @@ def _kept(inputs: Inputs, path: str, latent_frames: int) -> Given:
 def _overlap(inputs: Inputs, path: str, num_frames: int) -> tuple[int, Given]:
     most = num_frames - CHUNK
     if most < 1:
-        raise ValueError(f"--frames {num_frames} leaves no room for an overlap and a continuation: give --extend at least {CHUNK + 1}")
+        raise ValueError(
+            f"--frames {num_frames} leaves no room for an overlap and a continuation: give --extend at least {CHUNK + 1}"
+        )
     overlap = min(13, most) if inputs.overlap is None else inputs.overlap
     if overlap < 1 or (overlap - 1) % CHUNK:
         below = max(1, (overlap - 1) // CHUNK * CHUNK + 1)
         raise ValueError(f"--overlap {overlap} is not {CHUNK}k+1 frames: use {below} or {below + CHUNK}")
     if overlap > most:
-        raise ValueError(f"--overlap {overlap} leaves nothing of {num_frames} frames to generate: use at most {most}, or more --frames")
+        raise ValueError(
+            f"--overlap {overlap} leaves nothing of {num_frames} frames to generate: use at most {most}, or more --frames"
+        )
     latents = tuple(range((overlap - 1) // CHUNK + 1))
-    noise = EXTENSION_NOISE[: len(latents)] if inputs.keep_noise is None else parse_noises("--keep-noise", inputs.keep_noise)
+    noise = (
+        EXTENSION_NOISE[: len(latents)]
+        if inputs.keep_noise is None
+        else parse_noises("--keep-noise", inputs.keep_noise)
+    )
     if len(noise) > len(latents):
-        raise ValueError(f"--keep-noise {inputs.keep_noise} has {len(noise)} values, --overlap {overlap} has {len(latents)} latents: give fewer")
+        raise ValueError(
+            f"--keep-noise {inputs.keep_noise} has {len(noise)} values, --overlap {overlap} has {len(latents)} latents: give fewer"
+        )
     noise += noise[-1:] * (len(latents) - len(noise))
     return overlap, Given(os.path.abspath(path), latents, noise, source=latents, last_frames=overlap)
 
@@ -288,7 +306,9 @@ def _condition_json(given: Given) -> dict[str, Any]:
 def _condition(entry: Any) -> Given:
     known = {"path", "latent", "noise", "source", "last_frames"}
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or set(entry) - known:
-        raise ValueError(f"condition {entry!r} is not understood: it needs a path, and may have {', '.join(sorted(known - {'path'}))}")
+        raise ValueError(
+            f"condition {entry!r} is not understood: it needs a path, and may have {', '.join(sorted(known - {'path'}))}"
+        )
 
     def numbers(name: str, default: Any, kind: type) -> tuple[Any, ...]:
         values = entry.get(name, default)
@@ -303,7 +323,9 @@ def _condition(entry: Any) -> Given:
     last = numbers("last_frames", None, int)[0] if entry.get("last_frames") is not None else None
     if last is not None and (last < 1 or source is None):
         raise ValueError(f"condition {entry['path']}: last_frames={last} must be at least 1, and needs source")
-    return Given(os.path.abspath(entry["path"]), latent, noise * len(latent) if len(noise) == 1 else noise, source, last)
+    return Given(
+        os.path.abspath(entry["path"]), latent, noise * len(latent) if len(noise) == 1 else noise, source, last
+    )
 
 
 def _part_json(part: Part) -> dict[str, Any]:
@@ -316,4 +338,6 @@ def _part(entry: Any) -> Part:
             return Part(path)
         case {"generated": [int(start), (int() | None) as stop]}:
             return Part(start=start, stop=stop)
-    raise ValueError(f'written part {entry!r} is not understood: write {{"path": ...}} or {{"generated": [start, stop]}}')
+    raise ValueError(
+        f'written part {entry!r} is not understood: write {{"path": ...}} or {{"generated": [start, stop]}}'
+    )

@@ -75,7 +75,9 @@ def _as_typed() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        typed = re.sub(r"^(bucket|clips_per_video|shard_clips|seed|fps)\b", lambda m: "--" + m[1].replace("_", "-"), str(error))
+        typed = re.sub(
+            r"^(bucket|clips_per_video|shard_clips|seed|fps)\b", lambda m: "--" + m[1].replace("_", "-"), str(error)
+        )
         raise ValueError(typed) from None
 
 
@@ -83,7 +85,13 @@ def _as_typed() -> Iterator[None]:
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """Moves a bar for each stage on stderr; no bar where stderr is no terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     bars: dict[str, TaskID] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
 

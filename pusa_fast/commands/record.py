@@ -23,7 +23,22 @@ FORMAT = "pusa-fast clip 1"
 
 # What `prepare` reads of a record, and the types that JSON may give it; null counts as absent.
 _FIELDS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("prompt", "negative_prompt", "model", "compat", "fit", "tiling", "attention", "device", "dtype", "precision", "out"), (str,)),
+    **dict.fromkeys(
+        (
+            "prompt",
+            "negative_prompt",
+            "model",
+            "compat",
+            "fit",
+            "tiling",
+            "attention",
+            "device",
+            "dtype",
+            "precision",
+            "out",
+        ),
+        (str,),
+    ),
     **dict.fromkeys(("num_frames", "height", "width", "steps", "seed"), (int,)),
     **dict.fromkeys(("guidance_scale", "shift", "fps"), (int, float)),
     **dict.fromkeys(("conditions", "written"), (list,)),
@@ -117,11 +132,15 @@ def read(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"--from {path} is not valid JSON ({error}): give the .json beside a clip") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f'--from {path} is not the record of a clip ("format" is not "{FORMAT}"): give the .json beside a clip')
+        raise ValueError(
+            f'--from {path} is not the record of a clip ("format" is not "{FORMAT}"): give the .json beside a clip'
+        )
     for name, kinds in _FIELDS.items():
         value = found.get(name)
         if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-            raise ValueError(f"--from {path}: {name}={value!r} is no {' or '.join(kind.__name__ for kind in kinds)}: restore the file")
+            raise ValueError(
+                f"--from {path}: {name}={value!r} is no {' or '.join(kind.__name__ for kind in kinds)}: restore the file"
+            )
     for name in ("model", "lora"):
         if not isinstance((found.get("hashes") or {}).get(name, {}), dict):
             raise ValueError(f"--from {path}: hashes.{name} is no dict: restore the file")

@@ -221,7 +221,9 @@ def cuda_reason(index: int) -> str | None:
         if found == 127:
             return None
         reason = f"0.0 became level {found}, not 127"
-    warnings.warn(f"the compiled CUDA tiling does not work on cuda:{index} ({reason}): plain torch does its work", stacklevel=2)
+    warnings.warn(
+        f"the compiled CUDA tiling does not work on cuda:{index} ({reason}): plain torch does its work", stacklevel=2
+    )
     return reason
 
 
@@ -231,7 +233,9 @@ def _serves_cuda(device: torch.device, dtype: torch.dtype) -> bool:
     return cuda_reason(torch.cuda.current_device() if device.index is None else device.index) is None
 
 
-def _kept_or_sums(kept: type[Accumulator], sums: type[Accumulator]) -> Callable[[torch.dtype, float], type[Accumulator]]:
+def _kept_or_sums(
+    kept: type[Accumulator], sums: type[Accumulator]
+) -> Callable[[torch.dtype, float], type[Accumulator]]:
     return lambda dtype, coverage: kept if dtype in _HALVES and coverage <= _KEPT_COVERAGE else sums
 
 
@@ -245,7 +249,10 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             _kept_or_sums(_KeptTiles, _NativeSums),
         ),
         "meta": Backend(
-            lambda device, dtype: device.type == "meta", lambda *_: None, lambda *_: None, _kept_or_sums(_KeptSizes, _Sizes)
+            lambda device, dtype: device.type == "meta",
+            lambda *_: None,
+            lambda *_: None,
+            _kept_or_sums(_KeptSizes, _Sizes),
         ),
         "native-cuda": Backend(_serves_cuda, _native_gather, _native_finish, lambda dtype, coverage: _NativeSums),
         "torch": Backend(lambda device, dtype: True, _torch_gather, _torch_finish, lambda dtype, coverage: _TorchSums),

@@ -98,7 +98,9 @@ def quantize(dit: WanDiT, emulate: bool = False) -> WanDiT:
     if adapted := sum(isinstance(layer, AdaptedLinear) for layer in linears(dit.blocks)):
         raise ValueError(f"{adapted} projections have unmerged adapters: merge them before quantising")
     if getattr(dit.__dict__.get("_lora_stack"), "layers", None):
-        raise ValueError("a LoRA on this model keeps its base, which quantised weights cannot go back to: apply it with keep_base=False")
+        raise ValueError(
+            "a LoRA on this model keeps its base, which quantised weights cannot go back to: apply it with keep_base=False"
+        )
     for block in dit.blocks:
         assert isinstance(block, Block)
         for parent, name in (

@@ -83,7 +83,12 @@ class _LowRankUpdates(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[tuple[slice, float]], *matrices: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: Sequence[tuple[slice, float]],
+        *matrices: Tensor,
     ) -> Tensor:
         A, Bs = _cast(matrices, x.dtype)
         rows_x = x.reshape(-1, x.shape[-1])
@@ -178,7 +183,9 @@ def add_lora(
     if init not in LORA_INITS:
         raise ValueError(f"LoRA init {init!r} is unknown: choose one of {', '.join(LORA_INITS)}")
     if dit.precision is not None:
-        raise ValueError(f"this model is quantised to {dit.precision}, for inference only: load it without precision to train")
+        raise ValueError(
+            f"this model is quantised to {dit.precision}, for inference only: load it without precision to train"
+        )
     if next(adapters(dit), None):
         raise ValueError("this model already has LoRA adapters: train those, or load the base again")
     paths = {name: at for name, at in _layer_paths(len(dit.blocks)).items() if not name.startswith("time_")}

@@ -74,7 +74,12 @@ class TextEncoder:
                 stacklevel=4,
             )
         tokens = self.tokenizer(
-            prompt, add_special_tokens=True, padding="max_length", truncation=True, max_length=self.text_len, return_tensors="pt"
+            prompt,
+            add_special_tokens=True,
+            padding="max_length",
+            truncation=True,
+            max_length=self.text_len,
+            return_tensors="pt",
         )
         device = next(self.model.parameters()).device
         mask = tokens["attention_mask"].to(device)
@@ -99,7 +104,9 @@ class TextEncoder:
         folder = Path(encoder)
         files = sorted(folder.glob("*.safetensors"))
         if not files or not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} holds no text encoder: it needs config.json and model.safetensors, or shards of it")
+            raise ValueError(
+                f"{folder} holds no text encoder: it needs config.json and model.safetensors, or shards of it"
+            )
         with _loading("text encoder", folder):
             config = UMT5Config.from_pretrained(str(folder), local_files_only=True)
             state = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -122,7 +129,9 @@ class TextEncoder:
         from transformers import UMT5EncoderModel
 
         words = load_tokenizer(tokenizer)
-        ready = {name: tensor.to(device, dtype) for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
+        ready = {
+            name: tensor.to(device, dtype) for name, tensor in state.items() if name != "encoder.embed_tokens.weight"
+        }
         if "shared.weight" in ready:  # the table of words has two names and stays one tensor
             ready["encoder.embed_tokens.weight"] = ready["shared.weight"]
         with torch.device("meta"):
@@ -130,7 +139,9 @@ class TextEncoder:
         wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
         wrong = sorted(n for n in wanted.keys() | ready.keys() if n not in ready or ready[n].shape != wanted.get(n))
         if wrong:
-            raise ValueError(f"the text encoder's weights do not fit: {len(wrong)} missing, left over or misshapen, first {wrong[0]}")
+            raise ValueError(
+                f"the text encoder's weights do not fit: {len(wrong)} missing, left over or misshapen, first {wrong[0]}"
+            )
         model.load_state_dict(ready, assign=True)
         return cls(model, words, text_len)
 

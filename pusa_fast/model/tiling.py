@@ -40,11 +40,15 @@ class Tiling:
             if len(value) != 2 or min(value) < 1:
                 raise ValueError(f"Tiling.{name} must be two positive sizes (height, width), got {value}")
         if self.mode == "feather" and (self.stride[0] > self.tile[0] or self.stride[1] > self.tile[1]):
-            raise ValueError(f"Tiling.stride={self.stride} is larger than tile={self.tile}: pixels between tiles would be lost")
+            raise ValueError(
+                f"Tiling.stride={self.stride} is larger than tile={self.tile}: pixels between tiles would be lost"
+            )
         if self.mode not in MODES:
             raise ValueError(f"Tiling.mode={self.mode!r} is unknown: use {', '.join(map(repr, MODES))}")
         if self.memory is not None and (self.mode != "auto" or self.memory < 1):
-            raise ValueError(f"Tiling.memory={self.memory} must be a positive number of bytes, and goes with mode 'auto' only")
+            raise ValueError(
+                f"Tiling.memory={self.memory} must be a positive number of bytes, and goes with mode 'auto' only"
+            )
 
     def coverage(self, height: int, width: int) -> float:
         """Pixels of all feathered tiles over those of a picture."""

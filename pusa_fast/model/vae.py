@@ -93,7 +93,9 @@ class WanVAE(nn.Module):
 
         The result lies channels-last in memory. Raises ValueError for another number of channels or an empty clip.
         """
-        finish = Finish(lambda piece: piece.clamp(-1, 1).to(z.dtype), lambda blended: blended.values(clamp=True).to(z.dtype))
+        finish = Finish(
+            lambda piece: piece.clamp(-1, 1).to(z.dtype), lambda blended: blended.values(clamp=True).to(z.dtype)
+        )
         pieces = self._decode(z, tiling, finish)
         return join(pieces, 1 + self.config.temporal_factor * (z.shape[2] - 1)).permute(0, 4, 1, 2, 3)
 
@@ -152,7 +154,10 @@ class WanVAE(nn.Module):
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, [C] in float32: runner-precision latents are promoted by them."""
-        mean, std = (torch.tensor(s, device=self.device, dtype=torch.float32) for s in (self.config.latents_mean, self.config.latents_std))
+        mean, std = (
+            torch.tensor(s, device=self.device, dtype=torch.float32)
+            for s in (self.config.latents_mean, self.config.latents_std)
+        )
         return mean, std
 
 

@@ -119,7 +119,9 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.time_conv is not None and x.shape[2] > 1:
             # The clip's first frame is not doubled, nor is it part of the history of those after it.
-            pairs = torch.unflatten(self.time_conv(x[:, :, 1:]), 1, (2, -1))  # [B, 2, C, T, H, W]: the two frames of each
+            pairs = torch.unflatten(
+                self.time_conv(x[:, :, 1:]), 1, (2, -1)
+            )  # [B, 2, C, T, H, W]: the two frames of each
             x = torch.cat([x[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
         return _from_frames(self.resample(_to_frames(x)), x.shape[0])
 

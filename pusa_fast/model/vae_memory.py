@@ -65,7 +65,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
-def peak_bytes(vae: WanVAE, kind: str, shape: tuple[int, ...], tiling: Tiling | None = None, frames: bool = False) -> int:
+def peak_bytes(
+    vae: WanVAE, kind: str, shape: tuple[int, ...], tiling: Tiling | None = None, frames: bool = False
+) -> int:
     """Most bytes that `vae.encode` ("encode") or `vae.decode` ("decode") of a tensor of this shape holds at once.
 
     Beyond weights and input, in the VAE's dtype; the result counts. `frames`: of `decode_frames` instead, its pieces gathered on the
@@ -101,7 +103,9 @@ def _peak(
     return tracker.peak
 
 
-def resolve(vae: WanVAE, kind: str, shape: tuple[int, ...], tiling: Tiling | None, frames: bool = False) -> Tiling | None:
+def resolve(
+    vae: WanVAE, kind: str, shape: tuple[int, ...], tiling: Tiling | None, frames: bool = False
+) -> Tiling | None:
     """What `Tiling.auto()` stands for here: None (whole) where that fits, else the largest exact tiles that do.
 
     A function of shape, settings and the device's total memory. Others are returned as they are. `frames`: see `peak_bytes`.

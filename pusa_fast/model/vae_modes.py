@@ -169,7 +169,9 @@ def _feather(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finis
     batch = max(1, _BATCH_LATENT_PIXELS // pixels)
 
     def blended(clip: Tensor) -> Tensor:
-        (result,) = blend(clip, run, frames, tiling, in_scale=first, out_scale=last, channels=runner.channels, batch=batch)
+        (result,) = blend(
+            clip, run, frames, tiling, in_scale=first, out_scale=last, channels=runner.channels, batch=batch
+        )
         return finish.blend(result)[None]
 
     yield torch.cat([blended(clip) for clip in torch.split(x, 1)]) if len(x) > 1 else blended(x)

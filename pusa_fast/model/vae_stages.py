@@ -121,7 +121,9 @@ def _stages(groups: list[list[nn.Module]], rate: int, scale: int) -> list[Stage]
                 rate, scale = rate // (1 if layer.time_conv is None else 2), scale // 2
         rates.append(rate)
         scales.append(scale)
-        convs = [m for layer in layers for m in layer.modules() if isinstance(m, CausalConv3d) and m.kernel_size[-1] == 3]
+        convs = [
+            m for layer in layers for m in layer.modules() if isinstance(m, CausalConv3d) and m.kernel_size[-1] == 3
+        ]
         widest = max(max(c.in_channels, c.out_channels) for c in convs)
         stages.append(Stage(tuple(layers), (rates[0], rates[1]), (scales[0], scales[1]), widest))
     return stages
@@ -204,10 +206,16 @@ def _share(frames: int, rate: int, first: bool, limit: int) -> Iterator[int]:
 def overcompute(stages: Sequence[Stage], boxes: Iterable[Box], size: tuple[int, int], whole: Sequence[Stage]) -> float:
     """Multiplications of `stages` run box by box, and of `whole` run once, over those without boxes."""
     rows, columns = size
-    at_once = [stage.cost * stage.working_area(full(rows * stage.scale[0], columns * stage.scale[0])) for stage in stages]
-    rest = sum(stage.cost * stage.working_area(full(rows * stage.scale[0], columns * stage.scale[0])) for stage in whole)
+    at_once = [
+        stage.cost * stage.working_area(full(rows * stage.scale[0], columns * stage.scale[0])) for stage in stages
+    ]
+    rest = sum(
+        stage.cost * stage.working_area(full(rows * stage.scale[0], columns * stage.scale[0])) for stage in whole
+    )
     tiled = 0
     for box in boxes:
         route = trace(stages, box, size)
-        tiled += sum(stage.cost * stage.working_area(source) for stage, source in zip(stages, route.sources, strict=True))
+        tiled += sum(
+            stage.cost * stage.working_area(source) for stage, source in zip(stages, route.sources, strict=True)
+        )
     return (tiled + rest) / (sum(at_once) + rest)

@@ -148,7 +148,9 @@ def upsampling_phases(weight: Tensor) -> Tensor:
     i, i, i+1 for a = 1; columns alike. Taps that meet the same pixel are added (in float32): 16 products a pixel for 36.
     """
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    rows = torch.stack([torch.stack([w[:, :, 0], w[:, :, 1] + w[:, :, 2]], 2), torch.stack([w[:, :, 0] + w[:, :, 1], w[:, :, 2]], 2)])
+    rows = torch.stack(
+        [torch.stack([w[:, :, 0], w[:, :, 1] + w[:, :, 2]], 2), torch.stack([w[:, :, 0] + w[:, :, 1], w[:, :, 2]], 2)]
+    )
     first, second, third = rows.unbind(-1)  # [a, O, C, 2]
     both = torch.stack([torch.stack([first, second + third], -1), torch.stack([first + second, third], -1)], 1)
     return both.flatten(0, 2).to(weight.dtype).contiguous()  # [a, e, O, C, 2, 2]
@@ -203,7 +205,11 @@ def _frame_attention(layer: FrameAttention, value: Sum, stream: Stream) -> Sum:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # On meta torch would take the unfused form, with its matrix of scores.
-    return torch.empty_like(q, memory_format=torch.contiguous_format) if q.is_meta else nnf.scaled_dot_product_attention(q, k, v)
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format)
+        if q.is_meta
+        else nnf.scaled_dot_product_attention(q, k, v)
+    )
 
 
 def _downsample(layer: Downsample, value: Sum, stream: Stream) -> Sum:

@@ -129,7 +129,9 @@ def qk_rope(
         require(fits, op, f"{name} must be [P >= {max(grid)}, K/2={K // 2}]", table)
     require(cos.shape == sin.shape, op, f"sin must have cos's shape {shape(cos)}", sin)
     if inplace and any(size > 1 and stride == 0 for size, stride in zip(qkv.shape, qkv.stride(), strict=True)):
-        raise ValueError(f"{op}: inplace cannot write to expanded memory, where several elements are one: copy qkv first")
+        raise ValueError(
+            f"{op}: inplace cannot write to expanded memory, where several elements are one: copy qkv first"
+        )
     if inplace and torch.is_grad_enabled() and any(t.requires_grad for t in (qkv, weight_q, weight_k)):
         raise ValueError(f"{op}: inplace has no derivative: leave it out, or run under torch.no_grad()")
     if chosen(qkv) == "reference":

@@ -88,7 +88,9 @@ def _automatic(x: Tensor, *others: Tensor | None) -> str:
 def launchers(x: Tensor, *others: Tensor | None) -> Iterator[ModuleType]:
     """The module of launchers for these tensors, their device made current: Triton launches on that one, whatever it gets."""
     name = chosen(x, *others)
-    if name == "reference":  # forced now, but the forward pass of this backward pass, or a direct caller, chose an operator
+    if (
+        name == "reference"
+    ):  # forced now, but the forward pass of this backward pass, or a direct caller, chose an operator
         name = _automatic(x, *others)
     module = BACKENDS[name].module
     if module is None:

@@ -51,7 +51,9 @@ def encode_conditions(
         frames = video(medium)
         if frames.shape[2] < needed:
             name = describe(plan.media[medium])
-            raise ValueError(f"{name}: {needed} frames are needed, only {frames.shape[2]} could be read: give a longer clip")
+            raise ValueError(
+                f"{name}: {needed} frames are needed, only {frames.shape[2]} could be read: give a longer clip"
+            )
         encoded[medium] = encoder.encode(frames[:, :, :needed], tiling).float()
     return {placement.latent: encoded[placement.medium][0, :, placement.source] for placement in plan.placements}
 

@@ -43,9 +43,7 @@ class ExpertPair:
         self.high, self.low, self.boundary = high, low, boundary
         self.config, self.device = high.config, high.device
 
-    def prepare(
-        self, timesteps: Tensor, contexts: Tensor, global_sigmas: Tensor | None = None
-    ) -> tuple[int, Any, Any]:
+    def prepare(self, timesteps: Tensor, contexts: Tensor, global_sigmas: Tensor | None = None) -> tuple[int, Any, Any]:
         """(first step of `low`, state of `high`, state of `low`); each expert prepares its own steps only.
 
         Without `global_sigmas` [S+1] the largest timestep of a step stands for its global level.
@@ -58,12 +56,14 @@ class ExpertPair:
 
     def denoise(self, x: Tensor, step: int, state: tuple[int, Any, Any]) -> Tensor:
         switch, high, low = state
-        velocity: Tensor = self.high.denoise(x, step, high) if step < switch else self.low.denoise(x, step - switch, low)
+        velocity: Tensor = (
+            self.high.denoise(x, step, high) if step < switch else self.low.denoise(x, step - switch, low)
+        )
         return velocity
 
 
 def guidance_mode(guidance: float, tokens: int, context: Tensor, negative: Tensor | None) -> str:
-    """"off", "batch" (one forward of both halves) or "two-pass": a function of settings and shapes, never of free memory."""
+    """ "off", "batch" (one forward of both halves) or "two-pass": a function of settings and shapes, never of free memory."""
     if guidance == 1 or negative is None:
         return "off"
     return "batch" if tokens < BATCH_TOKENS and context.shape == negative.shape else "two-pass"

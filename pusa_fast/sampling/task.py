@@ -88,7 +88,10 @@ def settings(
     Raises ValueError naming the value and the nearest that works.
     """
     names = [field.name for field in fields(Settings)]
-    values = {**{name: defaults[name] for name in names if name in defaults}, **{k: v for k, v in given.items() if v is not None}}
+    values = {
+        **{name: defaults[name] for name in names if name in defaults},
+        **{k: v for k, v in given.items() if v is not None},
+    }
     for name, multiple in zip(("height", "width"), multiples, strict=True):
         size = values[name]
         if not _is_whole(size) or size < 1 or size % multiple:
@@ -146,7 +149,9 @@ def resolve(
     placements: list[Placement] = []
     for number, condition in enumerate(conditions):
         if not isinstance(condition, Condition):
-            raise ValueError(f"conditions[{number}] is a {type(condition).__name__}, not a Condition: use Condition(media, latent=...)")
+            raise ValueError(
+                f"conditions[{number}] is a {type(condition).__name__}, not a Condition: use Condition(media, latent=...)"
+            )
         name = f"conditions[{number}] ({describe(condition.media)})"
         medium = media.setdefault(_identity(condition.media), len(media))
         if medium == len(originals):
@@ -154,7 +159,9 @@ def resolve(
             counts.append(count_frames(condition.media))
         for placement in _place(condition, medium, counts[medium], latent_frames, temporal_factor, name):
             if placement.latent in taken:
-                raise ValueError(f"{taken[placement.latent]} and {name} both give latent {placement.latent}: keep one of them there")
+                raise ValueError(
+                    f"{taken[placement.latent]} and {name} both give latent {placement.latent}: keep one of them there"
+                )
             taken[placement.latent] = name
             placements.append(placement)
     placements.sort(key=lambda placement: placement.latent)
@@ -173,23 +180,33 @@ def resolve(
 def _place(
     condition: Condition, medium: int, frames: int | None, latent_frames: int, temporal_factor: int, name: str
 ) -> list[Placement]:
-    latents = _indices(condition.latent, latent_frames, f"{name}: latent", f"the clip has latents 0 to {latent_frames - 1}")
+    latents = _indices(
+        condition.latent, latent_frames, f"{name}: latent", f"the clip has latents 0 to {latent_frames - 1}"
+    )
     if len(set(latents)) != len(latents):
         raise ValueError(f"{name}: latent={condition.latent!r} names a latent twice")
     noises = _listed(condition.noise)
     if isinstance(noises, list) and len(noises) != len(latents):
-        raise ValueError(f"{name}: {len(noises)} noise values for {len(latents)} latents: give one number, or one per latent")
+        raise ValueError(
+            f"{name}: {len(noises)} noise values for {len(latents)} latents: give one number, or one per latent"
+        )
     if frames is None:
         if condition.source not in (None, 0):
-            raise ValueError(f"{name}: source={condition.source!r}, but a picture encodes to one latent: leave source out")
+            raise ValueError(
+                f"{name}: source={condition.source!r}, but a picture encodes to one latent: leave source out"
+            )
         sources = [0] * len(latents)
     else:
         sources = _sources(condition, latents, frames, temporal_factor, name)
     try:
-        levels = [check_multiplier(noise) for noise in (noises if isinstance(noises, list) else [noises] * len(latents))]
+        levels = [
+            check_multiplier(noise) for noise in (noises if isinstance(noises, list) else [noises] * len(latents))
+        ]
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return [Placement(latent, medium, source, noise) for latent, source, noise in zip(latents, sources, levels, strict=True)]
+    return [
+        Placement(latent, medium, source, noise) for latent, source, noise in zip(latents, sources, levels, strict=True)
+    ]
 
 
 def _sources(condition: Condition, latents: list[int], frames: int, temporal_factor: int, name: str) -> list[int]:
@@ -206,7 +223,9 @@ def _sources(condition: Condition, latents: list[int], frames: int, temporal_fac
     hint = f"the clip's {frames} frames encode to latents 0 to {encoded - 1}"
     sources = _indices(condition.source, encoded, f"{name}: source", hint)
     if len(sources) != len(latents):
-        raise ValueError(f"{name}: source={condition.source!r} names {len(sources)} latents, latent={condition.latent!r} {len(latents)}")
+        raise ValueError(
+            f"{name}: source={condition.source!r} names {len(sources)} latents, latent={condition.latent!r} {len(latents)}"
+        )
     return sources
 
 
@@ -216,7 +235,9 @@ def _indices(given: int | slice | Sequence[int], count: int, name: str, hint: st
         edges = [edge for edge in (given.start, given.stop) if edge is not None]
         found = list(range(*given.indices(count)))
         if any(not -count <= edge <= count for edge in edges) or not found:
-            raise ValueError(f"{name}={given.start}:{given.stop} selects {'nothing' if not found else 'more than there is'}; {hint}")
+            raise ValueError(
+                f"{name}={given.start}:{given.stop} selects {'nothing' if not found else 'more than there is'}; {hint}"
+            )
         return found
     listed = _listed(given)
     wanted = listed if isinstance(listed, list) else [listed]

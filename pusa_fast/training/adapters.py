@@ -1,8 +1,8 @@
 """LoRA files out of a trained model, in the styles that other tools read, and into a model that trains.
 
-    released    blocks.0.self_attn.q.lora_A.default.weight               Pusa's own, PEFT on official names; no alpha
-    diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight            load_lora_weights, load_lora_adapter
-    comfyui     diffusion_model.blocks.0.self_attn.q.lora_down.weight    with .alpha, the rank
+released    blocks.0.self_attn.q.lora_A.default.weight               Pusa's own, PEFT on official names; no alpha
+diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight            load_lora_weights, load_lora_adapter
+comfyui     diffusion_model.blocks.0.self_attn.q.lora_down.weight    with .alpha, the rank
 """
 
 from __future__ import annotations
@@ -24,19 +24,29 @@ Updates = Mapping[str, tuple[Tensor, Tensor]]  # official module name -> A [r, i
 
 
 def _released(updates: Updates) -> dict[str, Tensor]:
-    return {f"{name}.lora_{m}.default.weight": t for name, pair in updates.items() for m, t in zip("AB", pair, strict=True)}
+    return {
+        f"{name}.lora_{m}.default.weight": t for name, pair in updates.items() for m, t in zip("AB", pair, strict=True)
+    }
 
 
 def _diffusers(updates: Updates) -> dict[str, Tensor]:
     named = {keymap.dit_to_diffusers(name): pair for name, pair in updates.items()}
-    return {f"transformer.{name}.lora_{m}.weight": t for name, pair in named.items() for m, t in zip("AB", pair, strict=True)}
+    return {
+        f"transformer.{name}.lora_{m}.weight": t
+        for name, pair in named.items()
+        for m, t in zip("AB", pair, strict=True)
+    }
 
 
 def _comfyui(updates: Updates) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, (A, B) in updates.items():
         stem = f"diffusion_model.{name}"
-        found |= {f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": torch.tensor(float(len(A)))}
+        found |= {
+            f"{stem}.lora_down.weight": A,
+            f"{stem}.lora_up.weight": B,
+            f"{stem}.alpha": torch.tensor(float(len(A))),
+        }
     return found
 
 
@@ -70,7 +80,9 @@ def saved_updates(parameters: Mapping[str, Tensor], scale: float) -> dict[str, t
     return {name: (pair["lora_A"], pair["lora_B"] * scale) for name, pair in found.items()}
 
 
-def write_lora(path: str | os.PathLike[str], updates: Updates, style: str = "released", dtype: torch.dtype | None = None) -> None:
+def write_lora(
+    path: str | os.PathLike[str], updates: Updates, style: str = "released", dtype: torch.dtype | None = None
+) -> None:
     """Write updates as safetensors in a style of `STYLES`, cast to `dtype` (None: as they are). Raises ValueError for another."""
     if style not in STYLES:
         raise ValueError(f"LoRA style {style!r} is unknown: choose one of {', '.join(STYLES)}")
@@ -83,7 +95,9 @@ def read_updates(path: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor
     found = {}
     for name, entry in read_lora(path).items():
         if entry.A is None or entry.B is None or entry.diff is not None:
-            raise ValueError(f"{path}: the update of {name} is no low-rank one: this file cannot be converted or trained on")
+            raise ValueError(
+                f"{path}: the update of {name} is no low-rank one: this file cannot be converted or trained on"
+            )
         found[name.removesuffix(".weight")] = (entry.A.float(), entry.B.float() * entry.scale)
     return found
 
@@ -95,10 +109,14 @@ def start_from(dit: WanDiT, path: str | os.PathLike[str]) -> None:
     mine: dict[str, LoRAAdapter] = dict(adapters(dit))
     if updates.keys() != mine.keys():
         odd = sorted(updates.keys() ^ mine.keys())
-        raise ValueError(f"{path} and lora.targets name different projections ({len(odd)}, such as {odd[0]}): make targets those of the file")
+        raise ValueError(
+            f"{path} and lora.targets name different projections ({len(odd)}, such as {odd[0]}): make targets those of the file"
+        )
     for name, (A, B) in updates.items():
         adapter = mine[name]
         if A.shape != adapter.lora_A.shape or B.shape != adapter.lora_B.shape:
-            raise ValueError(f"{path}: {name} has rank {len(A)} and maps {A.shape[1]} to {len(B)}: set lora.rank to {len(A)}, on the model it is for")
+            raise ValueError(
+                f"{path}: {name} has rank {len(A)} and maps {A.shape[1]} to {len(B)}: set lora.rank to {len(A)}, on the model it is for"
+            )
         adapter.lora_A.copy_(A)
         adapter.lora_B.copy_(B / adapter.scale)

@@ -114,7 +114,9 @@ def read_windows(
             continue
         frame = convert()
         if shape is not None and frame.shape != shape:
-            raise ValueError(f"{path} holds frames of several sizes ({shape[1]}x{shape[0]} and {frame.shape[1]}x{frame.shape[0]}): convert it to one size")
+            raise ValueError(
+                f"{path} holds frames of several sizes ({shape[1]}x{shape[0]} and {frame.shape[1]}x{frame.shape[0]}): convert it to one size"
+            )
         shape = tuple(frame.shape)
         kept.append(video.fit(frame, (bucket.width, bucket.height), fit))
         if len(kept) < bucket.frames:

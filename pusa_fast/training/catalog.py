@@ -53,7 +53,9 @@ class Catalog:
     def save(self, least: int = 1) -> None:
         """Write what is new, where that is `least` facts or more."""
         if self._new >= least:
-            lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(self._files[name], sort_keys=True)}" for name in sorted(self._files))
+            lines = ",\n".join(
+                f"{json.dumps(name)}: {json.dumps(self._files[name], sort_keys=True)}" for name in sorted(self._files)
+            )
             write_text(self.path, f'{{"format": "{FORMAT}", "files": {{\n{lines}\n}}}}\n')
             self._new = 0
 

@@ -150,7 +150,9 @@ class TrainConfig(_Part):
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
         if self.accumulate is not None and self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}: change one of them")
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}: change one of them"
+            )
         if self.optim.schedule == "cosine" and self.optim.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.optim.warmup_steps} leaves nothing of {self.steps} steps: lower it")
         if self.optim.name == "muon" and self.lora is not None:
@@ -176,7 +178,20 @@ class TrainConfig(_Part):
 
         Not where files lie: the trainer adds what is in them, and the dtype it came to.
         """
-        where = ("out", "model", "dit", "device", "dtype", "attention", "parallel", "memory", "checkpoints", "validation", "logging", "accumulate")
+        where = (
+            "out",
+            "model",
+            "dit",
+            "device",
+            "dtype",
+            "attention",
+            "parallel",
+            "memory",
+            "checkpoints",
+            "validation",
+            "logging",
+            "accumulate",
+        )
         free: dict[str, Any] = dict.fromkeys(where, True)
         free["data"] = {"path", "same_encoders"}
         if self.lora is not None:

@@ -82,7 +82,11 @@ def generator(*labels: object) -> torch.Generator:
 
 
 def load_batch(
-    store: LatentStore, indices: Sequence[int], labels: Sequence[Sequence[object]], sampling: TimestepSampling, caption_dropout: float
+    store: LatentStore,
+    indices: Sequence[int],
+    labels: Sequence[Sequence[object]],
+    sampling: TimestepSampling,
+    caption_dropout: float,
 ) -> Batch:
     """The clips `indices`, each with levels and noise from a generator of its own labels."""
     latents, noises, sigmas, contexts = [], [], [], []
@@ -118,10 +122,14 @@ class TrainingData:
         world: int = 1,
     ) -> None:
         if held_out >= len(store):
-            raise ValueError(f"validation_clips {held_out} leaves none of {len(store)} clips to train on: lower it, or prepare more")
+            raise ValueError(
+                f"validation_clips {held_out} leaves none of {len(store)} clips to train on: lower it, or prepare more"
+            )
         chosen = training_clips(store, held_out)
         if accumulate is None:
-            accumulate = auto_parts(batch_size, world, max((store.clips[i].shape for i in chosen), key=lambda s: s[1] * s[2] * s[3]))
+            accumulate = auto_parts(
+                batch_size, world, max((store.clips[i].shape for i in chosen), key=lambda s: s[1] * s[2] * s[3])
+            )
         if batch_size % (accumulate * world):
             raise ValueError(
                 f"a batch of {batch_size} clips cannot be shared by {world} processes in {accumulate} parts: make batch_size a multiple of {accumulate * world}"
@@ -150,7 +158,11 @@ class TrainingData:
             first = part * self._part + self.rank * self.share
             places = range(first, first + self.share)
             labels = [(self.seed, "step", step, place) for place in places]
-            parts.append(load_batch(self.store, [self._chosen[picked[p]] for p in places], labels, self.sampling, self.caption_dropout))
+            parts.append(
+                load_batch(
+                    self.store, [self._chosen[picked[p]] for p in places], labels, self.sampling, self.caption_dropout
+                )
+            )
         return parts
 
 
@@ -160,24 +172,35 @@ def training_clips(store: LatentStore, held_out: int) -> list[int]:
     A film is known by its own hash and by that of the reference's tensors of it. Raises ValueError where that leaves no clip.
     """
     first = len(store) - held_out
-    films = [{(name, clip.details[name]) for name in ("file", "tensors") if name in clip.details} for clip in store.clips]
+    films = [
+        {(name, clip.details[name]) for name in ("file", "tensors") if name in clip.details} for clip in store.clips
+    ]
     seen, before = set().union(*films[first:]), None
     while seen != before:  # a clip that shares a hash with these may add another
         before, seen = seen, seen.union(*(own for own in films[:first] if own & seen))
     chosen = [i for i in range(first) if not films[i] & seen]
     if not chosen:
-        raise ValueError(f"all {len(store)} clips are held out, or cut from files that are: lower validation_clips, or prepare more files")
+        raise ValueError(
+            f"all {len(store)} clips are held out, or cut from files that are: lower validation_clips, or prepare more files"
+        )
     return chosen
 
 
 def validation_batches(
-    store: LatentStore, count: int, batch_size: int, sampling: TimestepSampling, seed: int, mine: Callable[[int], bool] = lambda _: True
+    store: LatentStore,
+    count: int,
+    batch_size: int,
+    sampling: TimestepSampling,
+    seed: int,
+    mine: Callable[[int], bool] = lambda _: True,
 ) -> Iterator[Batch]:
     """The last `count` clips at levels and noise that never change, in batches of one shape; of batch number n only where `mine(n)`."""
     start, groups = len(store) - count, dict[tuple[int, ...], list[int]]()
     for index in range(start, len(store)):
         groups.setdefault(store.clips[index].shape, []).append(index)
-    batches = [members[at : at + batch_size] for members in groups.values() for at in range(0, len(members), batch_size)]
+    batches = [
+        members[at : at + batch_size] for members in groups.values() for at in range(0, len(members), batch_size)
+    ]
     for number, chosen in enumerate(batches):
         if mine(number):
             yield load_batch(store, chosen, [(seed, "validation", i - start) for i in chosen], sampling, 0.0)

@@ -43,7 +43,13 @@ class _NothingMade(Exception):
 
 
 def encode(
-    settings: Settings, plan: Plan, entries: Sequence[Source], folder: Path, where: torch.device, shard_clips: int, hashes: Mapping[str, str]
+    settings: Settings,
+    plan: Plan,
+    entries: Sequence[Source],
+    folder: Path,
+    where: torch.device,
+    shard_clips: int,
+    hashes: Mapping[str, str],
 ) -> list[str]:
     """Make the clips that the store lacks; returns notes. What is bad goes into the plan. torch.OutOfMemoryError names what helps."""
     with out_of_memory(f"out of memory in prepare on {where}: use tiling='auto', or a smaller bucket"):
@@ -51,7 +57,13 @@ def encode(
 
 
 def _encode(
-    settings: Settings, plan: Plan, entries: Sequence[Source], folder: Path, where: torch.device, shard_clips: int, hashes: Mapping[str, str]
+    settings: Settings,
+    plan: Plan,
+    entries: Sequence[Source],
+    folder: Path,
+    where: torch.device,
+    shard_clips: int,
+    hashes: Mapping[str, str],
 ) -> list[str]:
     kind = torch.bfloat16 if where.type == "cuda" else torch.float32
     vae = load_vae(settings.files.vae, device=where, dtype=kind).eval()
@@ -62,22 +74,33 @@ def _encode(
     stored = DTYPES[settings.dtype]
     places = {id(entry): i for i, entry in enumerate(entries)}
     notes += [] if text is None else _cut_captions(plan, text)
-    with warnings.catch_warnings(), suppress(_NothingMade), StoreWriter(folder, model, shard_clips) as writer, ExitStack() as stack:
+    with (
+        warnings.catch_warnings(),
+        suppress(_NothingMade),
+        StoreWriter(folder, model, shard_clips) as writer,
+        ExitStack() as stack,
+    ):
         warnings.filterwarnings("ignore", "the prompt has .* tokens")  # the note above says it once
         if text is not None and damage(folder / EMPTY):
             writer.write_empty_text(trimmed(text.encode([""])[0]).to(stored).cpu())
         maker = _Maker(settings, writer, vae, text, _tiles(settings.tiling, vae, text), where)
         missing = sum(key not in writer.keys for key in plan.keys)
-        clips = stack.enter_context(closing(_ahead(_read(settings, plan, set(writer.keys), writer.latents_made, model))))
+        clips = stack.enter_context(
+            closing(_ahead(_read(settings, plan, set(writer.keys), writer.latents_made, model)))
+        )
         for done, (file, start, read) in enumerate(clips, 1):
             made = maker.make(file, start, read)
             if not isinstance(made, Exception):
                 latents, rows = (tensor.to(stored).cpu() for tensor in made)
                 if latents.isfinite().all() and rows.isfinite().all():
                     window, source = file.windows[start], file.source
-                    writer.add(window.key, latents, rows, source=source.name, caption=source.caption, details=window.details)
+                    writer.add(
+                        window.key, latents, rows, source=source.name, caption=source.caption, details=window.details
+                    )
                 else:
-                    made = ValueError(f"its latents or text are not finite in {settings.dtype}: choose another dtype, or look at the file")
+                    made = ValueError(
+                        f"its latents or text are not finite in {settings.dtype}: choose another dtype, or look at the file"
+                    )
             if isinstance(made, Exception):
                 add_bad(plan, settings, places[id(file.source)], file.source, made)
             settings.progress("encoding", min(missing, done), missing)
@@ -124,7 +147,11 @@ def _read(
         try:
             if file.bucket is None:
                 assert file.source.tensors is not None
-                yield file, 0, read_tensors(file.source.tensors, *(model[name] for name in ("channels", "text_dim", "text_len")))
+                yield (
+                    file,
+                    0,
+                    read_tensors(file.source.tensors, *(model[name] for name in ("channels", "text_dim", "text_len"))),
+                )
                 continue
             made_from = {start: str(file.windows[start].details["latents"]) for start in starts}
             fresh = [start for start in starts if made_from[start] not in latents]
@@ -153,12 +180,16 @@ def _ahead(items: Iterator[Any]) -> Generator[Any, None, None]:
             yield item
 
 
-def _load_text(settings: Settings, plan: Plan, where: torch.device, kind: torch.dtype) -> tuple[TextEncoder | None, int, list[str]]:
+def _load_text(
+    settings: Settings, plan: Plan, where: torch.device, kind: torch.dtype
+) -> tuple[TextEncoder | None, int, list[str]]:
     """The encoder, its width, and notes. Without one, clips that bring their own text can still be prepared."""
     try:
         text = load_text_encoder(settings.files, where, kind)
     except ValueError as error:
-        tensors = [file.source.tensors for file in plan.files if file.bucket is None and file.source.tensors is not None]
+        tensors = [
+            file.source.tensors for file in plan.files if file.bucket is None and file.source.tensors is not None
+        ]
         width = next((width for path in tensors if (width := text_width(path))), None)
         if len(tensors) < len(plan.files) or width is None:
             raise
@@ -168,14 +199,23 @@ def _load_text(settings: Settings, plan: Plan, where: torch.device, kind: torch.
 
 def _cut_captions(plan: Plan, text: TextEncoder) -> list[str]:
     """A note where captions have more tokens than the model reads."""
-    long = [file.source.name for file in plan.files if file.bucket is not None and text.count_tokens(file.source.caption) > text.text_len]
-    return [f"{len(long)} captions are cut after {text.text_len} tokens, all that the model reads; the first is that of {long[0]}"] if long else []
+    long = [
+        file.source.name
+        for file in plan.files
+        if file.bucket is not None and text.count_tokens(file.source.caption) > text.text_len
+    ]
+    return (
+        [
+            f"{len(long)} captions are cut after {text.text_len} tokens, all that the model reads; the first is that of {long[0]}"
+        ]
+        if long
+        else []
+    )
 
 
 def _tiles(tiling: Tiling | None, vae: WanVAE, text: TextEncoder | None) -> Tiling | None:
-    """"auto" with the memory that the weights of both models leave."""
+    """ "auto" with the memory that the weights of both models leave."""
     if tiling is None or tiling.mode != "auto" or tiling.memory is not None:
         return tiling
     parts = (vae, None if text is None else text.model)
     return Tiling.auto(max(1, usable_memory(vae.device) - weight_bytes(vae.device, *parts)))
-

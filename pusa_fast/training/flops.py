@@ -37,7 +37,9 @@ def attention(config: DiTConfig, latents: Sequence[int], text: int) -> float:
 def low_rank(config: DiTConfig, latents: Sequence[int], text: int, lora: LoRA) -> float:
     """FLOPs of the adapters of one forward."""
     sizes = {"D": config.dim, "I": config.ffn_dim, "L": tokens(config, latents, text), "T": latents[0] * text}
-    hit = [shape for name, shape in _PROJECTIONS.items() if any(name == t or name.endswith(f".{t}") for t in lora.targets)]
+    hit = [
+        shape for name, shape in _PROJECTIONS.items() if any(name == t or name.endswith(f".{t}") for t in lora.targets)
+    ]
     return config.num_layers * sum(2.0 * lora.rank * (sizes[a] + sizes[b]) * sizes[rows] for a, b, rows in hit)
 
 

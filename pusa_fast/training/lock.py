@@ -24,7 +24,9 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder} is being written by another run: wait for it, or choose another folder") from None
+            raise ValueError(
+                f"{folder} is being written by another run: wait for it, or choose another folder"
+            ) from None
         except OSError:
             pass  # some network disks know no locks
         yield

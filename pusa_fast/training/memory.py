@@ -44,7 +44,9 @@ _checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_st
 MODES: dict[str, Run | None] = {
     "none": None,
     "block": _checkpoint,
-    "attention": functools.partial(_checkpoint, context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_attention)),
+    "attention": functools.partial(
+        _checkpoint, context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+    ),
 }
 
 
@@ -84,7 +86,9 @@ class _Parked:
     device: torch.device
     block: int
     back: Tensor | None = None
-    ready: Any = None  # the event after its copy back: to wait for the stream would be to wait for the next block's copies too
+    ready: Any = (
+        None  # the event after its copy back: to wait for the stream would be to wait for the next block's copies too
+    )
     used: bool = False
     shape: torch.Size | None = None  # on meta, where there is nothing to copy
 

@@ -21,7 +21,17 @@ from pusa_fast.training.store import write_text
 METRICS = "metrics.jsonl"
 LEVEL_EDGES = (0.25, 0.5, 0.75)  # of the quarters of noise levels that errors are reported by
 # Dense bf16 TFLOP/s of a device whose name contains this.
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "B200": 2250, "A100": 312, "A800": 312, "4090": 165, "L40S": 362}
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H800": 989,
+    "B200": 2250,
+    "A100": 312,
+    "A800": 312,
+    "4090": 165,
+    "L40S": 362,
+}
 
 
 class Metrics:
@@ -30,7 +40,11 @@ class Metrics:
     def __init__(self, config: TrainConfig, start: int) -> None:
         self.path = config.out / METRICS
         if self.path.exists():
-            rows = [line for line in self.path.read_text().splitlines() if _step(line) is not None and (_step(line) or 0) <= start]
+            rows = [
+                line
+                for line in self.path.read_text().splitlines()
+                if _step(line) is not None and (_step(line) or 0) <= start
+            ]
             write_text(self.path, "".join(f"{row}\n" for row in rows))
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(config.out) if config.logging.tensorboard else None
@@ -65,7 +79,9 @@ def check_loggers(config: TrainConfig) -> None:
     wanted = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb is not None}
     for package, asked in wanted.items():
         if asked and importlib.util.find_spec(package) is None:
-            raise ValueError(f"logging.{package} is set, but {package} is not installed: pip install {package}, or leave it out")
+            raise ValueError(
+                f"logging.{package} is set, but {package} is not installed: pip install {package}, or leave it out"
+            )
 
 
 def level_errors(sigma: Tensor, errors: Tensor) -> Tensor:

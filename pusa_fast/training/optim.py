@@ -24,12 +24,20 @@ def build_optimizers(named: Mapping[str, nn.Parameter], config: Optim) -> list[t
         groups = {n: p for n, p in groups.items() if n not in hidden}
         optimizers.append(
             torch.optim.Muon(
-                hidden.values(), lr=config.muon_lr or config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+                hidden.values(),
+                lr=config.muon_lr or config.lr,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
             )
         )
     optimizers.append(
         torch.optim.AdamW(
-            groups.values(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+            groups.values(),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
     )
     for optimizer in optimizers:
@@ -40,7 +48,11 @@ def build_optimizers(named: Mapping[str, nn.Parameter], config: Optim) -> list[t
 
 def hidden_matrices(named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """What Muon takes: matrices that map one hidden state to another."""
-    return {n: p for n, p in named.items() if p.ndim == 2 and min(p.shape) >= _MUON_MIN and not any(part in n for part in _MUON_NOT)}
+    return {
+        n: p
+        for n, p in named.items()
+        if p.ndim == 2 and min(p.shape) >= _MUON_MIN and not any(part in n for part in _MUON_NOT)
+    }
 
 
 def rate(step: int, steps: int, config: Optim) -> float:

@@ -71,7 +71,9 @@ def joined(device: torch.device) -> Iterator[World]:
         yield World(device)
         return
     if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise ValueError(f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set: start the processes with torchrun")
+        raise ValueError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set: start the processes with torchrun"
+        )
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

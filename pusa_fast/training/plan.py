@@ -50,7 +50,10 @@ class Plan:
     def text(self) -> str:
         width = max(map(len, self.memory))
         lines = [f"{name:<{width}}  {size / _GIB:9.3f} GiB" for name, size in self.memory.items()]
-        lines += [f"{'together':<{width}}  {self.peak / _GIB:9.3f} GiB", f"a step: {self.tokens} tokens, {self.flops / 1e12:.4g} TFLOP"]
+        lines += [
+            f"{'together':<{width}}  {self.peak / _GIB:9.3f} GiB",
+            f"a step: {self.tokens} tokens, {self.flops / 1e12:.4g} TFLOP",
+        ]
         lines += [f"  about {seconds:.3g} s {where}" for where, seconds in self.seconds.items()]
         return "\n".join(lines)
 
@@ -67,7 +70,12 @@ def plan_run(config: TrainConfig, processes: int = 1) -> Plan:
 
 
 def plan_step(
-    config: TrainConfig, dit: DiTConfig | str, shape: tuple[int, ...], text: int, device: torch.device | None = None, processes: int = 1
+    config: TrainConfig,
+    dit: DiTConfig | str,
+    shape: tuple[int, ...],
+    text: int,
+    device: torch.device | None = None,
+    processes: int = 1,
 ) -> Plan:
     """A step on clips of one shape [C, F, h, w] with `text` context rows. `dit`: a configuration, or a name in `MODELS`.
 
@@ -76,13 +84,17 @@ def plan_step(
     if isinstance(dit, str):
         found = MODELS.get(dit)
         if not isinstance(found, DiTConfig):
-            raise ValueError(f"{dit!r} is no transformer of MODELS: choose one of {', '.join(n for n, c in MODELS.items() if isinstance(c, DiTConfig))}")
+            raise ValueError(
+                f"{dit!r} is no transformer of MODELS: choose one of {', '.join(n for n, c in MODELS.items() if isinstance(c, DiTConfig))}"
+            )
         dit = found
     where = device or torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, config.dtype or ("bfloat16" if where.type == "cuda" else "float32"))
     parts = config.accumulate or auto_parts(config.batch_size, processes, shape)
     if config.batch_size % (processes * parts):
-        raise ValueError(f"a batch of {config.batch_size} clips cannot be shared by {processes} processes in {parts} parts")
+        raise ValueError(
+            f"a batch of {config.batch_size} clips cannot be shared by {processes} processes in {parts} parts"
+        )
     memory = _memory(config, dit, (config.batch_size // (processes * parts), *shape), text, dtype, where)
     if config.parallel == "fsdp":
         memory = {part: size if part == "activations" else size // processes for part, size in memory.items()}
@@ -92,20 +104,30 @@ def plan_step(
 
 
 def _memory(
-    config: TrainConfig, dit_config: DiTConfig, latents: tuple[int, ...], text: int, dtype: torch.dtype, where: torch.device
+    config: TrainConfig,
+    dit_config: DiTConfig,
+    latents: tuple[int, ...],
+    text: int,
+    dtype: torch.dtype,
+    where: torch.device,
 ) -> dict[str, int]:
     meta = torch.device("meta")
     with meta:
         dit = WanDiT(dit_config).to(torch.float32 if config.lora is None else dtype)
     if config.lora is not None:
         add_lora(dit, config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.init)
-    dit.attention_backend = "fa4"  # one operator with its log-sum-exp, as every backend on a device is; torch's own falls to pieces here
+    dit.attention_backend = (
+        "fa4"  # one operator with its log-sum-exp, as every backend on a device is; torch's own falls to pieces here
+    )
     save_memory(dit, config.memory.checkpointing, config.memory.offload)
     trained = {n: p for n, p in dit.named_parameters() if p.requires_grad}
     frozen = [p for p in dit.parameters() if not p.requires_grad]
     muon = hidden_matrices(trained) if config.optim.name == "muon" else {}
     clean, noise = (torch.empty(latents, device=meta) for _ in range(2))
-    sigma, context = torch.empty(latents[0], latents[2], device=meta), torch.empty(latents[0], text, dit_config.text_dim, device=meta)
+    sigma, context = (
+        torch.empty(latents[0], latents[2], device=meta),
+        torch.empty(latents[0], text, dit_config.text_dim, device=meta),
+    )
     autocast = config.lora is None and dtype is not torch.float32
     tracker = Tracker()
     tracker.ignore(dit.parameters())
@@ -134,7 +156,9 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _seconds(config: TrainConfig, dit: DiTConfig, batch: tuple[int, ...], text: int, where: torch.device) -> dict[str, float]:
+def _seconds(
+    config: TrainConfig, dit: DiTConfig, batch: tuple[int, ...], text: int, where: torch.device
+) -> dict[str, float]:
     """Products and attention alone, at the rates they reach; what checkpointing repeats is in it."""
     again = {"none": 0, "block": 1, "attention": 1}[config.memory.checkpointing]
     low_rank = 0.0 if config.lora is None else flops.low_rank(dit, batch, text, config.lora)

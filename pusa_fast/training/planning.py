@@ -14,7 +14,9 @@ from pusa_fast.training.catalog import Catalog, digest
 from pusa_fast.training.sources import Source
 from pusa_fast.weights.pretrained import ModelFiles
 
-_PART_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".model", ".json"})  # files of a folder that are part of a model
+_PART_SUFFIXES = frozenset(
+    {".safetensors", ".pth", ".pt", ".bin", ".model", ".json"}
+)  # files of a folder that are part of a model
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,7 +66,7 @@ class Plan:
 
 
 def model_hashes(files: ModelFiles, catalog: Catalog) -> dict[str, str]:
-    """"vae" and "text": what the latents and text rows depend on. A single file is named by its own sha256."""
+    """ "vae" and "text": what the latents and text rows depend on. A single file is named by its own sha256."""
 
     def part(path: Path) -> str:
         if path.is_file():
@@ -104,19 +106,39 @@ def _windows(settings: Settings, entry: Source, catalog: Catalog, hashes: Mappin
     width, height, frames = catalog.measure(entry.path, settings.fps)
     bucket = choose(settings.buckets, width, height, frames)
     if bucket is None:
-        rate = "" if settings.fps is None or is_picture(entry.path) or entry.path.is_dir() else f" at {settings.fps:g} fps"
+        rate = (
+            "" if settings.fps is None or is_picture(entry.path) or entry.path.is_dir() else f" at {settings.fps:g} fps"
+        )
         shortest = min(bucket.frames for bucket in settings.buckets)
-        what = "is a picture, 1 frame" if is_picture(entry.path) else f"has {frames} frame{'s' if frames != 1 else ''}{rate}"
+        what = (
+            "is a picture, 1 frame"
+            if is_picture(entry.path)
+            else f"has {frames} frame{'s' if frames != 1 else ''}{rate}"
+        )
         raise ValueError(f"{what}, the shortest bucket needs {shortest}")
     starts = window_starts(frames - bucket.frames, settings.clips_per_video, settings.start, f"{own}:{settings.seed}")
     fps = None if settings.fps is None else float(settings.fps)
-    blended = settings.tiling is not None and settings.tiling.mode == "feather"  # other tiles give the whole picture's latents
-    cut = [str(bucket), fps, settings.fit, [settings.tiling.tile, settings.tiling.stride] if settings.tiling and blended else None]
+    blended = (
+        settings.tiling is not None and settings.tiling.mode == "feather"
+    )  # other tiles give the whole picture's latents
+    cut = [
+        str(bucket),
+        fps,
+        settings.fit,
+        [settings.tiling.tile, settings.tiling.stride] if settings.tiling and blended else None,
+    ]
     windows = {}
     for start in starts:
         key = digest([own, start, hashes["vae"], hashes["text"], entry.caption, settings.dtype, *cut])
         latents = digest([own, start, hashes["vae"], settings.dtype, *cut])  # whatever the caption
-        details = {"file": own, "start": start, "frames": bucket.frames, "fps": fps, "fit": settings.fit, "latents": latents}
+        details = {
+            "file": own,
+            "start": start,
+            "frames": bucket.frames,
+            "fps": fps,
+            "fit": settings.fit,
+            "latents": latents,
+        }
         windows[start] = Window(key, details)
     return File(entry, bucket, windows)
 

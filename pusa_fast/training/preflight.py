@@ -26,13 +26,19 @@ def check(config: TrainConfig) -> tuple[ModelFiles, LatentStore]:
     files, store = find_model(config.model), LatentStore(config.data.path)
     stills = [clip.source for clip in store.clips if clip.shape[1] == 1]
     if config.objective.first_frame_clean and stills:
-        raise ValueError(f"{stills[0]} has one latent frame, of which objective.first_frame_clean leaves nothing to learn: leave it out")
+        raise ValueError(
+            f"{stills[0]} has one latent frame, of which objective.first_frame_clean leaves nothing to learn: leave it out"
+        )
     if config.dit is not None and not config.dit.exists():
         raise FileNotFoundError(f"dit {config.dit} does not exist: give a transformer's file or folder")
     if config.out.exists() and not config.out.is_dir():
         raise NotADirectoryError(f"out {config.out} is a file: give a folder")
     start = config.lora.start if config.lora else None
-    if start is not None and not start.exists() and not Checkpoints(config.out, {}, 1, World(torch.device("cpu"))).steps():
+    if (
+        start is not None
+        and not start.exists()
+        and not Checkpoints(config.out, {}, 1, World(torch.device("cpu"))).steps()
+    ):
         raise FileNotFoundError(f"lora.start {start} does not exist: give the path of a LoRA file")
     _check_samples(config)
     return files, store
@@ -42,7 +48,9 @@ def _check_samples(config: TrainConfig) -> None:
     chosen, multiple = config.validation, 2 * VAEConfig().spatial_factor  # of the VAE and the transformer's patches
     for name, size in (("width", chosen.width), ("height", chosen.height)):
         if size is not None and size % multiple:
-            raise ValueError(f"validation.{name} {size} is no multiple of {multiple} pixels: use {size // multiple * multiple or multiple}")
+            raise ValueError(
+                f"validation.{name} {size} is no multiple of {multiple} pixels: use {size // multiple * multiple or multiple}"
+            )
     if chosen.num_frames is not None:
         try:
             latent_count(chosen.num_frames, VAEConfig().temporal_factor)
@@ -84,4 +92,6 @@ def check_clips(store: LatentStore, dit: WanDiT) -> None:
     _, ph, pw = dit.config.patch_size
     for clip in store.clips:
         if clip.shape[2] % ph or clip.shape[3] % pw:
-            raise ValueError(f"{clip.source}: latents {list(clip.shape)} are no multiple of the patch {ph}x{pw}: prepare at another size")
+            raise ValueError(
+                f"{clip.source}: latents {list(clip.shape)} are no multiple of the patch {ph}x{pw}: prepare at another size"
+            )

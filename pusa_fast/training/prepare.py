@@ -111,7 +111,17 @@ def prepare(
     entries = read_sources(source, tensors=not ignore_tensors)
     _check_folder(folder, Path(source))
     settings = Settings(
-        files, sizes, fps, clips_per_video, start, seed, fit, dtype, tiles, strict, progress or (lambda what, done, total: None)
+        files,
+        sizes,
+        fps,
+        clips_per_video,
+        start,
+        seed,
+        fit,
+        dtype,
+        tiles,
+        strict,
+        progress or (lambda what, done, total: None),
     )
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
@@ -119,7 +129,9 @@ def prepare(
         return _run(settings, entries, folder, where, shard_clips, add)
 
 
-def _run(settings: Settings, entries: Sequence[Source], folder: Path, where: torch.device, shard_clips: int, add: bool) -> Report:
+def _run(
+    settings: Settings, entries: Sequence[Source], folder: Path, where: torch.device, shard_clips: int, add: bool
+) -> Report:
     catalog = Catalog(folder / FILES)
     hashes = model_hashes(settings.files, catalog)
     lost = _take_up(folder, {**hashes, "dtype": settings.dtype})
@@ -152,7 +164,9 @@ def _take_up(folder: Path, wanted: Mapping[str, str]) -> dict[str, str]:
     _, model = read_index(folder)
     for name, value in wanted.items():
         if model.get(name) != value:
-            raise ValueError(f"{folder} holds clips of another model ({name}: {model.get(name)}, now {value}): choose another folder")
+            raise ValueError(
+                f"{folder} holds clips of another model ({name}: {model.get(name)}, now {value}): choose another folder"
+            )
     if not (folder / SELECTION).exists():  # a folder of an older version, or one that was written by hand
         write_selection(folder, list(_clips(folder)))
     return lost_clips(folder)
@@ -169,12 +183,19 @@ def _clips(folder: Path) -> dict[str, StoredClip]:
 def _count(clips: Sequence[StoredClip]) -> dict[str, int]:
     """Clips by the bucket that their latents tell of."""
     spatial, temporal = VAEConfig().spatial_factor, VAEConfig().temporal_factor
-    counts = Counter(str(Bucket(spatial * w, spatial * h, 1 + temporal * (F - 1))) for _, F, h, w in (clip.shape for clip in clips))
+    counts = Counter(
+        str(Bucket(spatial * w, spatial * h, 1 + temporal * (F - 1))) for _, F, h, w in (clip.shape for clip in clips)
+    )
     return dict(sorted(counts.items()))
 
 
 def _write_report(
-    folder: Path, settings: Settings, plan: Plan, done: Sequence[str], buckets: Mapping[str, int], bad: Sequence[tuple[str, str]]
+    folder: Path,
+    settings: Settings,
+    plan: Plan,
+    done: Sequence[str],
+    buckets: Mapping[str, int],
+    bad: Sequence[tuple[str, str]],
 ) -> None:
     content = {
         "clips": len(done), "duplicates": plan.duplicates, "buckets": buckets, "keys": digest(done),
@@ -201,7 +222,9 @@ def _lost_clips(lost: Mapping[str, str], keys: Collection[str]) -> list[str]:
 def _other_clips(folder: Path, kept: int, unused: int) -> list[str]:
     notes = [f"{kept} clips of earlier lists or settings are kept beside these"] if kept else []
     if unused:
-        notes.append(f"{unused} clips of earlier lists or settings stay in {folder} unused: prepare those again with --add to train on both")
+        notes.append(
+            f"{unused} clips of earlier lists or settings stay in {folder} unused: prepare those again with --add to train on both"
+        )
     return notes
 
 
@@ -211,7 +234,11 @@ def _check(clips_per_video: int, start: str, seed: int, fit: str, dtype: str, sh
             raise ValueError(f"{name} must be at least 1, got {count}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
-    for name, value, choices in (("start", start, STARTS), ("fit", fit, video.FIT_MODES), ("dtype", dtype, tuple(DTYPES))):
+    for name, value, choices in (
+        ("start", start, STARTS),
+        ("fit", fit, video.FIT_MODES),
+        ("dtype", dtype, tuple(DTYPES)),
+    ):
         if value not in choices:
             raise ValueError(f"{name}={value!r} is unknown: use {', '.join(choices)}")
 
@@ -222,8 +249,12 @@ def _check_folder(folder: Path, source: Path) -> None:
     if not folder.is_dir():
         return
     if folder.resolve() == (source if source.is_dir() else source.parent).resolve():
-        raise ValueError(f"{folder} is the folder of the clips themselves: choose another, such as {folder / 'prepared'}")
-    strange = sorted(p.name for p in folder.iterdir() if p.name not in _OWN and not p.name.startswith(".") and p.suffix != ".part")
+        raise ValueError(
+            f"{folder} is the folder of the clips themselves: choose another, such as {folder / 'prepared'}"
+        )
+    strange = sorted(
+        p.name for p in folder.iterdir() if p.name not in _OWN and not p.name.startswith(".") and p.suffix != ".part"
+    )
     if strange and not (folder / INDEX).exists():
         raise ValueError(f"{folder} holds {strange[0]}, which belongs to no prepared clips: choose another folder")
 

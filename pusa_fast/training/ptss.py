@@ -55,7 +55,9 @@ class TimestepSampling:
                 "first_frame_clean leaves nothing to learn in a clip of one latent frame: give longer clips, or turn it off"
             )
         device = generator.device
-        asynchronous = float(torch.rand((), generator=generator, device=device)) < self.p_async  # never at 0, always at 1
+        asynchronous = (
+            float(torch.rand((), generator=generator, device=device)) < self.p_async
+        )  # never at 0, always at 1
         if self.levels == "reference":
             ids = torch.randint(STEPS, (frames,), generator=generator, device=device)
             sigma = sigma_grid(STEPS, self.shift)[:-1].to(device)[ids]

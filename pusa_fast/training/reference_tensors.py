@@ -29,14 +29,26 @@ def trimmed(rows: Tensor) -> Tensor:
 def read_tensors(path: Path, channels: int, width: int, text_len: int) -> tuple[Tensor, Tensor]:
     """(latents [channels, F, h, w], text [L, width]), L from 1 to `text_len`. Raises ValueError where the file holds others."""
     latents, context = _load(path)
-    if latents.ndim != 4 or latents.shape[0] != channels or not latents.numel() or latents.shape[2] % 2 or latents.shape[3] % 2:
-        raise ValueError(f"{path} holds latents {list(latents.shape)}, the model needs [{channels}, F, h, w] of even h and w: give --ignore-tensors")
+    if (
+        latents.ndim != 4
+        or latents.shape[0] != channels
+        or not latents.numel()
+        or latents.shape[2] % 2
+        or latents.shape[3] % 2
+    ):
+        raise ValueError(
+            f"{path} holds latents {list(latents.shape)}, the model needs [{channels}, F, h, w] of even h and w: give --ignore-tensors"
+        )
     rows = context[0] if context.ndim == 3 and context.shape[0] == 1 else context
     if rows.ndim != 2 or rows.shape[1] != width:
-        raise ValueError(f"{path} holds text {list(context.shape)}, the model needs [1, L, {width}]: give --ignore-tensors")
+        raise ValueError(
+            f"{path} holds text {list(context.shape)}, the model needs [1, L, {width}]: give --ignore-tensors"
+        )
     rows = trimmed(rows)
     if not 1 <= len(rows) <= text_len:
-        raise ValueError(f"{path} holds {len(rows)} rows of text, the model reads 1 to {text_len}: give --ignore-tensors")
+        raise ValueError(
+            f"{path} holds {len(rows)} rows of text, the model reads 1 to {text_len}: give --ignore-tensors"
+        )
     return latents, rows
 
 
@@ -59,6 +71,8 @@ def _load(path: Path) -> tuple[Tensor, Tensor]:
     latents = found.get("latents") if isinstance(found, Mapping) else None
     for tensor in (latents, context):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise ValueError(f'{path} holds no "latents" with "prompt_emb" and its "context": restore it, or give --ignore-tensors')
+            raise ValueError(
+                f'{path} holds no "latents" with "prompt_emb" and its "context": restore it, or give --ignore-tensors'
+            )
     assert isinstance(latents, Tensor) and isinstance(context, Tensor)
     return latents, context

@@ -130,7 +130,9 @@ class Checkpoints:
             about = dict(json.loads((path / STATE).read_text()))
             then, _ = dict(about["identity"]), int(about["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path / STATE} is damaged ({error!r}): delete {path} to go on from the checkpoint before it") from None
+            raise ValueError(
+                f"{path / STATE} is damaged ({error!r}): delete {path} to go on from the checkpoint before it"
+            ) from None
         if differing := _differences(then, self.identity):
             raise ValueError(
                 f"{path} is of another configuration: {'; '.join(differing[:4])}. Give another out, or go back to those settings"
@@ -139,7 +141,10 @@ class Checkpoints:
         try:
             with _alone(self.world):
                 load(state, checkpoint_id=path, no_dist=self.world.size == 1)
-        except (Exception, CheckpointException) as error:  # torch raises many kinds for files that are not what they should be
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # torch raises many kinds for files that are not what they should be
             cause = _unwrapped(error)
             if not isinstance(cause, Exception):
                 raise
@@ -163,7 +168,9 @@ class Checkpoints:
             return int(best["step"])
         step = steps[-1] if which is None else int(which) if which.isdecimal() else None
         if step not in steps:
-            raise ValueError(f"{self.folder.parent} has no checkpoint {which}: choose one of {', '.join(map(str, steps))}, or best")
+            raise ValueError(
+                f"{self.folder.parent} has no checkpoint {which}: choose one of {', '.join(map(str, steps))}, or best"
+            )
         return step
 
     def read(self, step: int, part: str) -> dict[str, Tensor]:
@@ -175,12 +182,18 @@ class Checkpoints:
         try:
             entries = FileSystemReader(path).read_metadata().state_dict_metadata
             wanted = {name.removeprefix(f"{part}."): e for name, e in entries.items() if name.startswith(f"{part}.")}
-            tensors = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in wanted.items() if isinstance(e, TensorStorageMetadata)}
+            tensors = {
+                name: torch.empty(e.size, dtype=e.properties.dtype)
+                for name, e in wanted.items()
+                if isinstance(e, TensorStorageMetadata)
+            }
             if tensors:
                 with _alone(World(torch.device("cpu"))):
                     load({part: tensors}, checkpoint_id=path, no_dist=True)
         except (Exception, CheckpointException) as error:
-            raise ValueError(f"{path} cannot be read ({' '.join(repr(_unwrapped(error)).split())[:200]}): delete it to read the one before it") from error
+            raise ValueError(
+                f"{path} cannot be read ({' '.join(repr(_unwrapped(error)).split())[:200]}): delete it to read the one before it"
+            ) from error
         return tensors
 
     def _forget(self) -> None:

@@ -21,7 +21,9 @@ from typing import Any
 from pusa_fast.media import PICTURE_SUFFIXES
 
 TENSORS = ".tensors.pth"  # the reference's own prepared clip, beside the file it was made from
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"})
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
+)
 LISTS = ("metadata.csv", "metadata.jsonl")
 _PATH_KEYS, _TEXT_KEYS = ("file_name", "video", "path"), ("text", "caption", "prompt")
 
@@ -75,7 +77,9 @@ def _read_list(path: Path, tensors: bool) -> list[Source]:
         try:
             f"{name}{caption}".encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{path} line {line}: {error.object[error.start]!r} is half a character: write the text anew") from None
+            raise ValueError(
+                f"{path} line {line}: {error.object[error.start]!r} is half a character: write the text anew"
+            ) from None
         found.append(_entry(path.parent, name.strip(), caption.strip(), tensors))
     return found
 
@@ -86,7 +90,9 @@ def _decoded(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path} line {line}: byte 0x{data[error.start]:02x} is not UTF-8: save the file as UTF-8") from None
+        raise ValueError(
+            f"{path} line {line}: byte 0x{data[error.start]:02x} is not UTF-8: save the file as UTF-8"
+        ) from None
 
 
 def _read_csv(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
@@ -119,14 +125,18 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number}: no valid JSON ({error}): write one object a line") from None
         if not isinstance(row, dict):
-            raise ValueError(f'{path} line {number}: a {type(row).__name__} where an object such as {{"video": "a.mp4", "text": "..."}} is needed')
+            raise ValueError(
+                f'{path} line {number}: a {type(row).__name__} where an object such as {{"video": "a.mp4", "text": "..."}} is needed'
+            )
         yield number, _value(row, _PATH_KEYS, path, number), _value(row, _TEXT_KEYS, path, number)
 
 
 def _value(row: dict[str, Any], keys: tuple[str, ...], path: Path, line: int) -> str:
     key = next((key for key in keys if key in row), None)
     if key is None:
-        raise ValueError(f"{path} line {line}: none of {', '.join(keys)} among its keys {', '.join(row) or '(none)'}: add one")
+        raise ValueError(
+            f"{path} line {line}: none of {', '.join(keys)} among its keys {', '.join(row) or '(none)'}: add one"
+        )
     if row[key] is None and keys is _TEXT_KEYS:
         return ""  # a caption that somebody has yet to write, not a list of another kind
     if not isinstance(row[key], str):

@@ -59,7 +59,9 @@ def is_held_out(color: str, shape: str, direction: str) -> bool:
     return (c + 3 * s + 5 * d) % 8 == 0
 
 
-def draw_scene(generator: torch.Generator, held_out: bool | None = False, frames: int = FRAMES, size: int = SIZE) -> Scene:
+def draw_scene(
+    generator: torch.Generator, held_out: bool | None = False, frames: int = FRAMES, size: int = SIZE
+) -> Scene:
     """A random scene whose shape stays inside the picture; `held_out` chooses the split, None draws from both."""
     while True:
         shape, color, big, direction, speed, background = (_pick(table, generator) for table in GRAMMAR)
@@ -138,7 +140,9 @@ def measure(clip: Tensor) -> Track:
     H, W = clip.shape[1:3]
     ys, xs = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
     for frame in clip.float():
-        border = torch.cat([frame[:2].flatten(0, 1), frame[-2:].flatten(0, 1), frame[:, :2].flatten(0, 1), frame[:, -2:].flatten(0, 1)])
+        border = torch.cat(
+            [frame[:2].flatten(0, 1), frame[-2:].flatten(0, 1), frame[:, :2].flatten(0, 1), frame[:, -2:].flatten(0, 1)]
+        )
         distance = (frame - border.median(dim=0).values).norm(dim=-1)
         mask = distance > _FOREGROUND_DISTANCE
         area = int(mask.sum())

@@ -44,7 +44,9 @@ class StoredClip:
     shape: tuple[int, int, int, int]  # C, F, h, w
     tokens: int  # rows of text
     shard: str
-    details: Mapping[str, Any] = field(default_factory=dict)  # hash of the file, first frame, fps ...; "latents": see `StoreWriter`
+    details: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # hash of the file, first frame, fps ...; "latents": see `StoreWriter`
 
 
 def write_text(path: Path, text: str) -> None:
@@ -116,7 +118,9 @@ class LatentStore:
         """[text_len, D] of the empty caption. Raises ValueError where the store has none."""
         path = self.folder / EMPTY
         if not path.is_file():
-            raise ValueError(f"{self.folder} holds no empty caption, so captions cannot be dropped: prepare again, or set caption_dropout to 0")
+            raise ValueError(
+                f"{self.folder} holds no empty caption, so captions cannot be dropped: prepare again, or set caption_dropout to 0"
+            )
         return self._padded(_open(path).get_tensor("text"))
 
     def _padded(self, rows: Tensor) -> Tensor:
@@ -142,7 +146,9 @@ class StoreWriter:
     holds clips of another model. `details["latents"]` of a clip names what its latents, whatever the caption, were made from.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], model: Mapping[str, Any], shard_clips: int = SHARD_CLIPS) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], model: Mapping[str, Any], shard_clips: int = SHARD_CLIPS
+    ) -> None:
         if shard_clips < 1:
             raise ValueError(f"a shard holds at least 1 clip, got {shard_clips}")
         self.folder, self.model, self.shard_clips = Path(folder), dict(model), shard_clips
@@ -183,7 +189,14 @@ class StoreWriter:
         _to_disk(self.folder / EMPTY)
 
     def add(
-        self, key: str, latents: Tensor, text: Tensor, *, source: str, caption: str, details: Mapping[str, Any] | None = None
+        self,
+        key: str,
+        latents: Tensor,
+        text: Tensor,
+        *,
+        source: str,
+        caption: str,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
         """latents [C, F, h, w]; text [L, D], L at most text_len. ValueError for shapes that do not fit, or a key that is there."""
         channels, width, most = (int(self.model[k]) for k in ("channels", "text_dim", "text_len"))
@@ -224,7 +237,9 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.flush()
             if not (self.folder / INDEX).exists():
@@ -241,7 +256,9 @@ def lost_clips(folder: Path) -> dict[str, str]:
     wrong = _unreadable(folder, clips)
     shards = {clip.shard for clip in clips}
     if shards and not any((folder / SHARDS / shard).exists() for shard in shards):
-        raise FileNotFoundError(f"{folder / SHARDS} holds none of {len(shards)} shards: bring them back, or delete {folder / INDEX} to make all clips anew")
+        raise FileNotFoundError(
+            f"{folder / SHARDS} holds none of {len(shards)} shards: bring them back, or delete {folder / INDEX} to make all clips anew"
+        )
     return {clip.key: f"{clip.shard} {wrong[clip.shard]}" for clip in clips if clip.shard in wrong}
 
 
@@ -301,7 +318,9 @@ def _selected(folder: Path, clips: tuple[StoredClip, ...]) -> tuple[StoredClip, 
         raise ValueError(f"{folder} is not ready: no prepare of it has come to its end; start the same prepare again")
     held = {clip.key: clip for clip in clips}
     if lacking := sum(key not in held for key in keys):
-        raise ValueError(f"{folder} lacks {lacking} of its {len(keys)} clips, whose shards were lost: prepare again, which makes them anew")
+        raise ValueError(
+            f"{folder} lacks {lacking} of its {len(keys)} clips, whose shards were lost: prepare again, which makes them anew"
+        )
     return tuple(held[key] for key in keys)
 
 
@@ -317,16 +336,22 @@ def read_index(folder: Path) -> tuple[tuple[StoredClip, ...], dict[str, Any]]:
     """Every clip of a store, whether selected or not, and its model. Raises FileNotFoundError, ValueError."""
     path = folder / INDEX
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no prepared clips (no {INDEX}): run pusa-fast prepare SOURCE --out {folder}")
+        raise FileNotFoundError(
+            f"{folder} holds no prepared clips (no {INDEX}): run pusa-fast prepare SOURCE --out {folder}"
+        )
     names = [f.name for f in fields(StoredClip)]
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']!r} instead of {FORMAT!r}")
-        clips = tuple(StoredClip(**{n: entry[n] for n in names} | {"shape": tuple(entry["shape"])}) for entry in found["clips"])
+        clips = tuple(
+            StoredClip(**{n: entry[n] for n in names} | {"shape": tuple(entry["shape"])}) for entry in found["clips"]
+        )
         return clips, dict(found["model"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or of another program ({error}): restore it, or delete it and prepare again") from error
+        raise ValueError(
+            f"{path} is damaged or of another program ({error}): restore it, or delete it and prepare again"
+        ) from error
 
 
 @lru_cache(maxsize=64)

@@ -121,7 +121,9 @@ class Trainer:
         found = self.checkpoints.restore(self.dit, self.optimizers, self.average)
         self.step = 0 if found is None else int(found["step"])
         if self.step > config.steps:
-            raise ValueError(f"{config.out} is at step {self.step}, past steps {config.steps}: raise steps, or give another out")
+            raise ValueError(
+                f"{config.out} is at step {self.step}, past steps {config.steps}: raise steps, or give another out"
+            )
         self.previews = Previews(config, files, store, world)
         self.peak = metrics.peak_flops(world.device)
 
@@ -159,7 +161,9 @@ class Trainer:
                 weights = self.export()
         return Outcome(self.step, weights, stop.received)
 
-    def train_step(self, parts: list[Batch], stop: _Stop | None = None, clock: float | None = None) -> dict[str, Any] | None:
+    def train_step(
+        self, parts: list[Batch], stop: _Stop | None = None, clock: float | None = None
+    ) -> dict[str, Any] | None:
         """One optimiser step over this process's share of a batch. Returns its row of metrics, timed from `clock` (None: from now).
 
         A `stop` that comes between two parts drops the step, which is the same when it is taken again, and returns None. Raises
@@ -174,7 +178,10 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         frames: list[Tensor] = []
-        total, levels = torch.zeros((), device=self.world.device), torch.zeros(2, 4, dtype=torch.float64, device=self.world.device)
+        total, levels = (
+            torch.zeros((), device=self.world.device),
+            torch.zeros(2, 4, dtype=torch.float64, device=self.world.device),
+        )
         for number, batch in enumerate(parts, 1):
             if number > 1 and stop is not None and stop.agreed(self.world):
                 return None
@@ -202,7 +209,9 @@ class Trainer:
         """(weighted loss, frame errors [B, F], levels [B, F]) of the model on one batch."""
         device = self.world.device
         clean, noise, sigma, context = (t.to(device) for t in (batch.latents, batch.noise, batch.sigma, batch.context))
-        noised, timestep, target = fafm.noised(clean, noise, sigma, torch.float32 if self.config.lora is None else self.dtype)
+        noised, timestep, target = fafm.noised(
+            clean, noise, sigma, torch.float32 if self.config.lora is None else self.dtype
+        )
         with torch.autocast(device.type, self.dtype) if self._autocast else nullcontext():
             velocity = self.forward(noised, timestep, context)
         loss, errors = fafm.loss(velocity, target, sigma, self.config.objective.weighting, self.shift)
@@ -222,7 +231,11 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)  # as the next step does first
         held = optim.held_bytes(self.optimizers, self.average)
-        with out_of_memory(f"out of memory in validation at step {self.step}: {_PREVIEW_RELIEF}"), self._averaged(), gathered(self.dit):
+        with (
+            out_of_memory(f"out of memory in validation at step {self.step}: {_PREVIEW_RELIEF}"),
+            self._averaged(),
+            gathered(self.dit),
+        ):
             self.previews.make(self.dit, self.step, held)
 
     @torch.no_grad()
@@ -230,7 +243,12 @@ class Trainer:
         count, total = self.config.data.validation_clips, torch.zeros(2, dtype=torch.float64)
         sharded = self.config.parallel == "fsdp"  # then every process takes part in every forward
         for batch in validation_batches(
-            self.store, count, self.data.share, self.sampling, self.config.seed, lambda n: sharded or n % self.world.size == self.world.rank
+            self.store,
+            count,
+            self.data.share,
+            self.sampling,
+            self.config.seed,
+            lambda n: sharded or n % self.world.size == self.world.rank,
         ):
             loss, _, _ = self.loss(batch)
             total += torch.tensor([float(loss) * len(batch.clips), len(batch.clips)], dtype=torch.float64)
@@ -277,8 +295,16 @@ class Trainer:
 
     def _row(self, loss: float, norm: float, levels: Tensor, parts: list[Batch], seconds: float) -> dict[str, Any]:
         config = self.config
-        tokens, work = (sum(f(self.dit.config, b.latents.shape, b.context.shape[1]) for b in parts) for f in (flops.tokens, flops.training_step(config)))
-        row: dict[str, Any] = {"step": self.step, "loss": loss, "gradient_norm": norm, "lr": self.optimizers[-1].param_groups[0]["lr"]}
+        tokens, work = (
+            sum(f(self.dit.config, b.latents.shape, b.context.shape[1]) for b in parts)
+            for f in (flops.tokens, flops.training_step(config))
+        )
+        row: dict[str, Any] = {
+            "step": self.step,
+            "loss": loss,
+            "gradient_norm": norm,
+            "lr": self.optimizers[-1].param_groups[0]["lr"],
+        }
         row |= {f"error_level_{q + 1}of4": float(levels[0, q] / levels[1, q]) for q in range(4) if levels[1, q]}
         row |= {"seconds": round(seconds, 4), "tokens_per_second": round(tokens * self.world.size / seconds, 1)}
         if self.peak is not None:
@@ -310,7 +336,9 @@ class Trainer:
                 f"; with other settings a run cannot go on, but begin from it: pusa-fast export {self.config.out} --out start.safetensors --dtype float32, "
                 f"then set {start}=start.safetensors and another out"
             )
-        return FloatingPointError(f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm} on {named}; {last}. To mend it, {change}")
+        return FloatingPointError(
+            f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm} on {named}; {last}. To mend it, {change}"
+        )
 
 
 def _prepare(dit: WanDiT, config: TrainConfig, fresh: bool) -> None:

@@ -68,7 +68,11 @@ class Previews:
         chosen, vae = self.config.validation, VAEConfig()
         _, F, h, w = max((clip.shape for clip in self.store.clips), key=math.prod)
         frames = 1 + vae.temporal_factor * (F - 1)
-        return chosen.num_frames or frames, chosen.height or vae.spatial_factor * h, chosen.width or vae.spatial_factor * w
+        return (
+            chosen.num_frames or frames,
+            chosen.height or vae.spatial_factor * h,
+            chosen.width or vae.spatial_factor * w,
+        )
 
     def _tiling(self, dit: WanDiT, held: int) -> Tiling | None:
         """Whole frames where the memory that training leaves allows it, and where nobody knows how much there is."""
@@ -81,8 +85,13 @@ class Previews:
 
     def _encoded(self) -> dict[str, Tensor]:
         if self._texts is None:
-            encoder = load_text_encoder(self.files, self.world.device, torch.bfloat16 if self.world.device.type == "cuda" else torch.float32)
-            wanted = {self.files.defaults["negative_prompt"], *(sample.prompt for sample in self.config.validation.samples)}
+            encoder = load_text_encoder(
+                self.files, self.world.device, torch.bfloat16 if self.world.device.type == "cuda" else torch.float32
+            )
+            wanted = {
+                self.files.defaults["negative_prompt"],
+                *(sample.prompt for sample in self.config.validation.samples),
+            }
             self._texts = {prompt: encoder.encode([prompt]).clone() for prompt in sorted(wanted)}
             del encoder
             gc.collect()

@@ -163,7 +163,9 @@ def _recompute(dit: WanDiT, stack: _Stack, names: Iterable[str]) -> None:
 
 def _sum(base: Tensor, updates: list[tuple[tuple[slice, LoRAEntry], float]], like: Tensor) -> Tensor:
     # Contiguous: the update is added through a flattened view, and of another layout `flatten` would make a copy.
-    total = base.to(like.device).to(torch.promote_types(like.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
+    total = base.to(like.device).to(
+        torch.promote_types(like.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format
+    )
     for (rows, entry), strength in updates:
         entry.add_to(total[rows], strength)
     return total

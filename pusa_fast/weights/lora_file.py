@@ -162,7 +162,11 @@ def _entries(module: str, parts: Mapping[str, Tensor], alpha: float | None, labe
         )
     if A is None and parts.keys() & {"alpha", "bias_B"}:
         raise ValueError(f"{label}: {module} has {listing(parts)} without lora_A and lora_B: the file is incomplete")
-    if A is not None and B is not None and (min(A.ndim, B.ndim) < 2 or A.shape[0] == 0 or B.shape[1:].numel() != A.shape[0]):
+    if (
+        A is not None
+        and B is not None
+        and (min(A.ndim, B.ndim) < 2 or A.shape[0] == 0 or B.shape[1:].numel() != A.shape[0])
+    ):
         raise ValueError(
             f"{label}: lora_A {list(A.shape)} and lora_B {list(B.shape)} of {module} differ in rank, or have none: the file is damaged"
         )

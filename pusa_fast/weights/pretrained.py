@@ -61,7 +61,11 @@ def find_model(model: str | os.PathLike[str]) -> ModelFiles:
         if (folder / marker).is_file():
             return _complete(read(folder), folder)
     what = "a directory" if folder.is_dir() else "a file" if folder.exists() else "missing"
-    hint = "; each expert of Wan2.2 is a transformer: load both and use ExpertPair" if (folder / "high_noise_model").is_dir() else ""
+    hint = (
+        "; each expert of Wan2.2 is a transformer: load both and use ExpertPair"
+        if (folder / "high_noise_model").is_dir()
+        else ""
+    )
     raise ValueError(f'{folder} ({what}) is no model: looked in it for {", ".join(_LAYOUTS)}; or give "nano"{hint}')
 
 
@@ -107,15 +111,21 @@ def _diffusers(folder: Path) -> ModelFiles:
         raise ValueError(
             f"{folder} holds two experts: load_dit its transformer and transformer_2, and build Pipeline(dit=ExpertPair(high, low), ...)"
         )
-    return ModelFiles(folder.resolve().name, folder / "transformer", folder / "vae", folder / "text_encoder", folder / "tokenizer")
+    return ModelFiles(
+        folder.resolve().name, folder / "transformer", folder / "vae", folder / "text_encoder", folder / "tokenizer"
+    )
 
 
 def _official(folder: Path) -> ModelFiles:
     tokenizers = [folder / name for name in ("google/umt5-xxl", "umt5-xxl")]
     vae = next(folder / name for name in _OFFICIAL_VAES if (folder / name).is_file())
     text = folder / "models_t5_umt5-xxl-enc-bf16"
-    encoder = text.with_name(text.name + (".safetensors" if text.with_name(text.name + ".safetensors").is_file() else ".pth"))
-    return ModelFiles(folder.resolve().name, folder, vae, encoder, next((t for t in tokenizers if t.is_dir()), tokenizers[0]))
+    encoder = text.with_name(
+        text.name + (".safetensors" if text.with_name(text.name + ".safetensors").is_file() else ".pth")
+    )
+    return ModelFiles(
+        folder.resolve().name, folder, vae, encoder, next((t for t in tokenizers if t.is_dir()), tokenizers[0])
+    )
 
 
 _OFFICIAL_VAES = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors")
@@ -127,5 +137,7 @@ _LAYOUTS: Mapping[str, Callable[[Path], ModelFiles]] = MappingProxyType(
 def _complete(files: ModelFiles, folder: Path) -> ModelFiles:
     for part in (files.dit, files.vae, files.text_encoder, files.tokenizer, *files.loras):
         if not part.exists():
-            raise ValueError(f"{folder} is incomplete: {part.relative_to(folder)} is missing; download it, or build Pipeline from parts")
+            raise ValueError(
+                f"{folder} is incomplete: {part.relative_to(folder)} is missing; download it, or build Pipeline from parts"
+            )
     return files

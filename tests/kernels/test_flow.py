@@ -73,7 +73,9 @@ def test_noise_and_target(ops_backend: str, clean: torch.dtype, noise: torch.dty
         for dtype in (None, torch.bfloat16, torch.float32):
             x_t, target = ops.noise_and_target(*inputs, dtype)
             assert x_t.dtype == (dtype or clean) and target.dtype == torch.float32
-            for found, low, oracle in zip((x_t, target), reference.noise_and_target(*inputs, dtype), exact, strict=True):
+            for found, low, oracle in zip(
+                (x_t, target), reference.noise_and_target(*inputs, dtype), exact, strict=True
+            ):
                 assert found.is_contiguous()
                 assert_within_budget(found, low, oracle)
 
@@ -277,7 +279,10 @@ _X = (1, 2, 3, 4, 5)
     ("change", "message"),
     [
         ({"clean": torch.zeros(2, 3)}, r"clean must be \[B, C, F, h, w\], got \[2, 3\]"),
-        ({"noise": torch.zeros(1, 2, 3, 4, 4)}, r"noise must have clean's shape \[1, 2, 3, 4, 5\], got \[1, 2, 3, 4, 4\]"),
+        (
+            {"noise": torch.zeros(1, 2, 3, 4, 4)},
+            r"noise must have clean's shape \[1, 2, 3, 4, 5\], got \[1, 2, 3, 4, 4\]",
+        ),
         ({"sigma": torch.zeros(3)}, r"sigma must be \[B=1, F=3\], got \[3\]"),
         ({"noise": torch.zeros(_X, dtype=torch.int64)}, "noise must be a float tensor, got torch.int64"),
         ({"sigma": torch.zeros(1, 3, device="meta")}, "sigma is on meta, but the op runs on cpu"),

@@ -254,9 +254,19 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], str]] = {
     "table": (ops.qk_rope, (QKV, torch.ones(8), torch.ones(8), TABLE, TABLE[:2], (1, 2, 3)), {}, "sin must be"),
     "odd": (ops.qk_rope, (QKV[..., :3], torch.ones(6), torch.ones(6), TABLE, TABLE, (1, 2, 3)), {}, "must be even"),
     "latents": (ops.guided_euler_step, (V[0], V[0], None, 1.0, D), {}, r"x must be \[B, C, F, h, w\]"),
-    "device": (ops.residual_norm, (X,), {"weight": D.to("meta"), "bias": D}, "weight is on meta, but the op runs on cpu"),
+    "device": (
+        ops.residual_norm,
+        (X,),
+        {"weight": D.to("meta"), "bias": D},
+        "weight is on meta, but the op runs on cpu",
+    ),
     "rms device": (ops.rms_norm, (X, D.to("meta")), {}, "weight is on meta"),
-    "tables": (ops.qk_rope, (QKV, torch.ones(8), torch.ones(8), TABLE, torch.zeros(4, 2), (1, 2, 3)), {}, "sin must have cos's shape"),
+    "tables": (
+        ops.qk_rope,
+        (QKV, torch.ones(8), torch.ones(8), TABLE, torch.zeros(4, 2), (1, 2, 3)),
+        {},
+        "sin must have cos's shape",
+    ),
     "velocity": (ops.guided_euler_step, (V, V, V[:, :1], 1.0, D[:3]), {}, "v_neg must be"),
     "dsigma": (ops.guided_euler_step, (V, V, None, 1.0, D), {}, r"dsigma must be \[F=3\]"),
 }
@@ -287,6 +297,8 @@ def test_in_place_rotation_is_for_inference() -> None:
     with torch.no_grad():
         expected = ops.qk_rope(qkv, *rope)
         for result, wanted in zip(ops.qk_rope(qkv, *rope, inplace=True), expected, strict=True):
-            assert torch.equal(result, wanted) and result.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+            assert (
+                torch.equal(result, wanted) and result.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+            )
     with pytest.raises(ValueError, match="expanded memory"):
         ops.qk_rope(qkv.detach().expand(3, -1, -1, -1, -1), *rope, inplace=True)

@@ -130,7 +130,10 @@ def test_layouts_give_the_same_bits(ops_backend: str, device: str) -> None:
     """Frames of a window, part of a picture, and axes in any order, as well as all side by side."""
     given = make("bias x r out", (5, 7, 8), torch.bfloat16, device)
     shape = (B, T, 5, 7, 8)
-    r, out = torch.empty(shape, dtype=torch.bfloat16, device=device), torch.empty(shape, dtype=torch.bfloat16, device=device)
+    r, out = (
+        torch.empty(shape, dtype=torch.bfloat16, device=device),
+        torch.empty(shape, dtype=torch.bfloat16, device=device),
+    )
     ops.vae_act_(**given, r=r, out=out)
     check("contiguous", given, r, out)
 
@@ -158,7 +161,12 @@ def test_layouts_give_the_same_bits(ops_backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", NATIVE, ids=str)
 def test_r_takes_the_place_of_an_input(ops_backend: str, device: str, dtype: torch.dtype) -> None:
-    for form, name in (("bias x r out", "x"), ("bias x r out", "y"), ("bias x r", "y"), ("bias x r out upsampled", "x")):
+    for form, name in (
+        ("bias x r out", "x"),
+        ("bias x r out", "y"),
+        ("bias x r", "y"),
+        ("bias x r out upsampled", "x"),
+    ):
         given = make(form, (4, 6, 10), dtype, device)
         before = {key: value.clone() if isinstance(value, Tensor) else value for key, value in given.items()}
         given[name] = placed(given[name])
@@ -227,7 +235,10 @@ def test_ties_of_the_residual(ops_backend: str, device: str) -> None:
 def test_gamma_and_bias_of_any_dtype_and_shape(ops_backend: str, device: str) -> None:
     given = make("bias out", (2, 3, 10), torch.float32, device)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        rows = {"gamma": given["gamma"].to(dtype).view(1, 10, 1), "bias": given["bias"].to(dtype).repeat_interleave(2)[::2]}
+        rows = {
+            "gamma": given["gamma"].to(dtype).view(1, 10, 1),
+            "bias": given["bias"].to(dtype).repeat_interleave(2)[::2],
+        }
         out = torch.empty_like(given["y"])
         ops.vae_act_(**(given | rows), out=out)
         check("rows", given | rows, None, out)
@@ -267,7 +278,10 @@ WRONG: dict[str, tuple[Arguments, str]] = {
     "out is x": (wrong(x=same, out=same), "out cannot be the memory of x"),
     "out is y": (wrong(y=same, out=same), "out cannot be the memory of"),
     "out is r": (wrong(r=same, out=same), "out cannot be the memory of"),
-    "r begins with x": (wrong(x=row[:, :, :, :6], r=row.view(-1)[: 2 * 4 * 6 * 8].view(1, 2, 4, 6, 8)), "r can be x only"),
+    "r begins with x": (
+        wrong(x=row[:, :, :, :6], r=row.view(-1)[: 2 * 4 * 6 * 8].view(1, 2, 4, 6, 8)),
+        "r can be x only",
+    ),
     "r begins with an upsampling's y": (
         wrong(upsampled=True, y=(many := torch.zeros(1, 2, 3, 4, 32)), r=many.view(-1)[:384].view(1, 2, 4, 6, 8)),
         "r can be y only",
