@@ -11,7 +11,8 @@ struct CpuFeature {
 };
 
 // In the order in which a dispatcher widens its choice. All false on processors other than x86-64.
-// "amx" is bf16 tiles; on Linux a process must still ask for the tile state (arch_prctl) before its first tile instruction.
+// "amx" is bf16 tiles; on Linux a process must still ask for the tile state (arch_prctl) before its first tile
+// instruction.
 std::array<CpuFeature, 6> cpu_features();
 
 }  // namespace pusa

@@ -68,7 +68,8 @@ inline Table base_row(const TensorView& weight, std::int64_t width) {
   return {nullptr, weight.data(), Type::float32, type_of(weight), 0, 0, 1};
 }
 
-// The pair of arguments that make up a table: `frame` [B, F, D] with F a divisor of L, and `base` [D], added to its rows.
+// The pair of arguments that make up a table: `frame` [B, F, D] with F a divisor of L, and `base` [D], added to its
+// rows.
 class FrameTable {
  public:
   FrameTable(const char* frame_name, pybind11::handle frame, const char* base_name, pybind11::handle base)
@@ -84,7 +85,8 @@ class FrameTable {
     frame_->require_shape({size.batch, frames(), size.width});
     frame_->require_unit_last_stride();
     if (frames() < 1 || size.tokens % frames() != 0) {
-      frame_->fail("must have a number of frames that divides " + std::to_string(size.tokens) + " tokens", frame_->shape());
+      frame_->fail("must have a number of frames that divides " + std::to_string(size.tokens) + " tokens",
+                   frame_->shape());
     }
     rows.frame = frame_->data();
     rows.frame_type = type_of(*frame_);
@@ -186,12 +188,14 @@ inline void require_apart(const VaeAct& a) {
   for (const Pixels* other : {&a.x, &a.y, &a.r}) {
     require_together(!clash(a.out, *other), "out cannot be the memory of x, y or r");
   }
-  require_together(!clash(a.r, a.x) || same_memory(a.r, a.x, a.size), "r can be x only as a whole, with the same strides");
+  require_together(!clash(a.r, a.x) || same_memory(a.r, a.x, a.size),
+                   "r can be x only as a whole, with the same strides");
   require_together(!clash(a.r, a.y) || (!a.upsampled && same_memory(a.r, a.y, a.size)),
                    "r can be y only as a whole, with the same strides and not upsampled");
 }
 
-// Joins axes along which every tensor steps evenly, from W outwards: then one run of pixels is all of them. Not upsampled.
+// Joins axes along which every tensor steps evenly, from W outwards: then one run of pixels is all of them. Not
+// upsampled.
 inline void join_axes(VaeAct& a) {
   Pixels* const views[] = {&a.y, &a.x, &a.r, &a.out};
   int last = 3;

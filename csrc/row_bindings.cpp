@@ -1,5 +1,5 @@
-// The row kernels as functions of pusa_fast._native: checks every tensor against every other, so that no argument can make
-// a kernel read or write outside its memory, then runs without the GIL.
+// The row kernels as functions of pusa_fast._native: checks every tensor against every other, so that no argument can
+// make a kernel read or write outside its memory, then runs without the GIL.
 //
 // Tensors are DLPack capsules or objects with __dlpack__; None where one may be absent. Outputs are made by the caller.
 #include "row_bindings.hpp"
@@ -23,8 +23,8 @@ void release_and_run(Args&&... args) {
 
 void residual_norm_forward(py::handle x_, py::handle y_, py::handle gate_, py::handle gate_base, py::handle scale_,
                            py::handle scale_base, py::handle shift_, py::handle shift_base, py::handle weight_,
-                           py::handle bias_, py::handle r_, py::handle n_, py::handle mean_, py::handle rstd_, float eps,
-                           int threads) {
+                           py::handle bias_, py::handle r_, py::handle n_, py::handle mean_, py::handle rstd_,
+                           float eps, int threads) {
   const TensorView x("x", x_), n("n", n_), mean("mean", mean_), rstd("rstd", rstd_);
   const Optional y = optional("y", y_), r = optional("r", r_), weight = optional("weight", weight_);
   const Optional bias = optional("bias", bias_);
@@ -54,7 +54,8 @@ void residual_norm_forward(py::handle x_, py::handle y_, py::handle gate_, py::h
 void residual_norm_backward(py::handle dr_, py::handle dn_, py::handle r_, py::handle y_, py::handle gate_,
                             py::handle gate_base, py::handle scale_, py::handle scale_base, py::handle weight_,
                             py::handle mean_, py::handle rstd_, py::handle dx_, py::handle dy_, py::handle dgate_,
-                            py::handle dscale_, py::handle dshift_, py::handle dweight_, py::handle dbias_, int threads) {
+                            py::handle dscale_, py::handle dshift_, py::handle dweight_, py::handle dbias_,
+                            int threads) {
   const TensorView dn("dn", dn_), r("r", r_), mean("mean", mean_), rstd("rstd", rstd_), dx("dx", dx_);
   const Optional dr = optional("dr", dr_), y = optional("y", y_), weight = optional("weight", weight_);
   const FrameTable gate("gate", gate_, "gate_base", gate_base), scale("scale", scale_, "scale_base", scale_base);
@@ -205,7 +206,8 @@ void guided_euler_step(py::handle x_, py::handle v_, py::handle v_neg_, py::hand
 void require_alike(const TensorView& x, const TensorView& other, const char* name) {
   x.require_contiguous();
   other.require_contiguous();
-  if (other.numel() != x.numel() || type_of(other) != type_of(x)) throw py::value_error(std::string(name) + " must have as many elements as x, of its dtype");
+  if (other.numel() != x.numel() || type_of(other) != type_of(x))
+    throw py::value_error(std::string(name) + " must have as many elements as x, of its dtype");
 }
 
 void gelu(py::handle x_, py::handle out_, int threads) {
@@ -243,8 +245,8 @@ void linear_rows(py::handle x_, py::handle weight_, py::handle bias_, py::handle
   release_and_run(args, checked_threads(threads));
 }
 
-void vae_act(py::handle y_, py::handle gamma_, py::handle x_, py::handle bias_, py::handle r_, py::handle out_, bool silu,
-             bool upsampled, int threads) {
+void vae_act(py::handle y_, py::handle gamma_, py::handle x_, py::handle bias_, py::handle r_, py::handle out_,
+             bool silu, bool upsampled, int threads) {
   const Optional y = optional("y", y_), x = optional("x", x_), r = optional("r", r_), out = optional("out", out_);
   const Optional gamma = optional("gamma", gamma_), bias = optional("bias", bias_);
   require_together(y && (r || out), "y is needed, and r, out or both");
@@ -260,7 +262,8 @@ void vae_act(py::handle y_, py::handle gamma_, py::handle x_, py::handle bias_, 
   args.upsampled = upsampled;
   args.channels = C;
   for (int i = 0; i < 4; ++i) args.size[i] = like.size(i);
-  args.y = upsampled ? pixels(y, {B, T, H / 2 + 1, W / 2 + 1, 4 * C}, type, false) : pixels(y, {B, T, H, W, C}, type, false);
+  args.y =
+      upsampled ? pixels(y, {B, T, H / 2 + 1, W / 2 + 1, 4 * C}, type, false) : pixels(y, {B, T, H, W, C}, type, false);
   args.x = pixels(x, {B, T, H, W, C}, type, false);
   args.r = pixels(r, {B, T, H, W, C}, type, true);
   args.out = pixels(out, {B, T, H, W, C}, type, true);
@@ -299,8 +302,9 @@ void bind_row_ops(py::module_& m) {
   m.def("vae_act", &vae_act);
   m.def("isas", &isas, "Instruction sets that the row kernels can use here, narrowest first.");
   m.def("isa", &isa, "The one in use: PUSA_NATIVE_ISA, else the widest. ValueError: that names none of isas().");
-  m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"),
-        "Use this one from now on, in the whole process; for tests and measurements. ValueError: not one of isas().");
+  m.def(
+      "set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"),
+      "Use this one from now on, in the whole process; for tests and measurements. ValueError: not one of isas().");
 }
 
 }  // namespace pusa

@@ -1,8 +1,8 @@
-// Vectors of float32 in GNU C++'s vector extension (GCC, Clang), as wide as the instruction set of the file that includes
-// this: sources here are compiled once per instruction set, in namespace PUSA_ISA.
+// Vectors of float32 in GNU C++'s vector extension (GCC, Clang), as wide as the instruction set of the file that
+// includes this: sources here are compiled once per instruction set, in namespace PUSA_ISA.
 //
-// Everything has internal linkage, and no std:: function is used: an inline function compiled for AVX-512 must not be the
-// copy that the linker keeps for the whole module.
+// Everything has internal linkage, and no std:: function is used: an inline function compiled for AVX-512 must not be
+// the copy that the linker keeps for the whole module.
 #pragma once
 
 #include <math.h>
@@ -84,8 +84,8 @@ PUSA_INLINE Vec load(const bf16* p, All) {
 
 PUSA_INLINE void store(float* p, Vec v, All) { __builtin_memcpy(p, &v, sizeof v); }
 
-// The bf16 nearest to v, ties to even, in the lower half. A NaN keeps its upper half, which leaves it one: out of arithmetic,
-// as v is, it is quiet.
+// The bf16 nearest to v, ties to even, in the lower half. A NaN keeps its upper half, which leaves it one: out of
+// arithmetic, as v is, it is quiet.
 PUSA_INLINE Bits rounded(Vec v) {
   const Bits bits = (Bits)v;
   return (v == v ? bits + (0x7fffu + ((bits >> 16) & 1u)) : bits) >> 16;
@@ -100,7 +100,8 @@ PUSA_INLINE void store(bf16* p, Vec v, All) {
   __builtin_memcpy(p, &halves, sizeof halves);
 }
 
-// IEEE half precision. F16C, an extension of its own, is not asked for: AVX-512F holds its instructions, others do without.
+// IEEE half precision. F16C, an extension of its own, is not asked for: AVX-512F holds its instructions, others do
+// without.
 PUSA_INLINE Vec load(const f16* p, All) {
 #if defined(__AVX512F__)
   __m256i halves;
@@ -211,8 +212,8 @@ PUSA_INLINE float sum(Vec v) {
   return lane[0];
 }
 
-// The first reading of a tensor and the writing of a result ask for the memory 2 KB further on, mostly the same row or the
-// next: the processor's own prefetching leaves up to half of the bandwidth unused. Past the end this does nothing.
+// The first reading of a tensor and the writing of a result ask for the memory 2 KB further on, mostly the same row or
+// the next: the processor's own prefetching leaves up to half of the bandwidth unused. Past the end this does nothing.
 constexpr int kAhead = 2048;
 
 template <class T, class Lanes>
@@ -233,7 +234,8 @@ struct Sum {
   PUSA_INLINE float total() const { return sum((chain[0] + chain[1]) + (chain[2] + chain[3])); }
 };
 
-// body(i, lanes, chain) for i = 0, W, 2 W, ..; `lanes` is All, and First at the end of a width that is no multiple of W.
+// body(i, lanes, chain) for i = 0, W, 2 W, ..; `lanes` is All, and First at the end of a width that is no multiple of
+// W.
 template <class Body>
 PUSA_INLINE void each(int64_t width, Body body) {
   int64_t i = 0;
@@ -287,8 +289,8 @@ PUSA_INLINE void with_type(Type type, Call call) {
   }
 }
 
-// A table's rows in float32, one at a time: the row itself where it is stored so, else made in `room` (D floats) when the
-// frame changes.
+// A table's rows in float32, one at a time: the row itself where it is stored so, else made in `room` (D floats) when
+// the frame changes.
 class FrameRow {
  public:
   FrameRow(const Table& table, int64_t width, float* room) : table_(table), width_(width), room_(room) {}
@@ -320,9 +322,8 @@ class FrameRow {
     if (both) {
       with_type(table_.base_type, [&](auto type) {
         const auto* base = static_cast<const decltype(type)*>(table_.base);
-        each(width_, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
-          store(room_ + i, load(room_ + i, lanes) + load(base + i, lanes), lanes);
-        });
+        each(width_, [&](int64_t i, auto lanes, int)
+                         PUSA_LAMBDA { store(room_ + i, load(room_ + i, lanes) + load(base + i, lanes), lanes); });
       });
     }
     row_ = room_;

@@ -5,8 +5,8 @@ namespace pusa {
 namespace PUSA_ISA {
 namespace {
 
-// The row is made once, in float32 and within the nearest cache: the mean, the variance about it and the result each read
-// it there. For float32 that is r (or x) itself, else `scratch`.
+// The row is made once, in float32 and within the nearest cache: the mean, the variance about it and the result each
+// read it there. For float32 that is r (or x) itself, else `scratch`.
 template <class T, class Y>
 void forward(const ResidualNormForward& a, Span span, float* scratch) {
   const int64_t D = a.size.width;
@@ -56,9 +56,7 @@ void forward(const ResidualNormForward& a, Span span, float* scratch) {
         write(n + i, xhat * (one + load(scale + i, lanes)) + load(shift + i, lanes), lanes);
       });
     } else {
-      each(D, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
-        write(n + i, (load(v + i, lanes) - mean) * rstd, lanes);
-      });
+      each(D, [&](int64_t i, auto lanes, int) PUSA_LAMBDA { write(n + i, (load(v + i, lanes) - mean) * rstd, lanes); });
     }
     a.mean[i_row] = mean;
     a.rstd[i_row] = rstd;
@@ -126,9 +124,8 @@ void rms_forward(const RmsNormForward& a, Span span, float* scratch) {
       squares.chain[chain] += v * v;
     });
     const float rstd = reciprocal_root(squares.total() / static_cast<float>(D) + a.eps);
-    each(D, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
-      write(n + i, load(x + i, lanes) * rstd * load(weight + i, lanes), lanes);
-    });
+    each(D, [&](int64_t i, auto lanes, int)
+                PUSA_LAMBDA { write(n + i, load(x + i, lanes) * rstd * load(weight + i, lanes), lanes); });
     a.rstd[i_row] = rstd;
   }
 }

@@ -76,8 +76,8 @@ int current_isa() {
 
 namespace {
 
-// Below this many elements of work for each, a second thread costs more than it gives; for adding up partial sums, below
-// kParallelSums. A block of rows whose sums go to one partial holds kSummedRows or more.
+// Below this many elements of work for each, a second thread costs more than it gives; for adding up partial sums,
+// below kParallelSums. A block of rows whose sums go to one partial holds kSummedRows or more.
 constexpr std::int64_t kBlockElements = 16'384;
 constexpr std::int64_t kSummedRows = 64;
 constexpr std::int64_t kParallelSums = 1 << 20;
@@ -173,7 +173,8 @@ void run(ResidualNormBackward args, RowSums gate, RowSums scale, RowSums shift, 
   if (!gate.data && !scale.data) return run_rows(args, kernel, threads);
   const Blocks blocks(args.size, segments);
   const std::int64_t width = args.size.width;
-  const Partial gates(gate, blocks.count, width), scales(scale, blocks.count, width), shifts(shift, blocks.count, width);
+  const Partial gates(gate, blocks.count, width), scales(scale, blocks.count, width),
+      shifts(shift, blocks.count, width);
   args.gate_partial = gates.data();
   args.scale_partial = scales.data();
   args.shift_partial = shifts.data();

@@ -1,9 +1,10 @@
-// CPU versions of the row kernels of the transformer and the VAE: the formulas of kernels/reference.py in one pass over memory.
+// CPU versions of the row kernels of the transformer and the VAE: the formulas of kernels/reference.py in one pass over
+// memory.
 //
-// B batch, L tokens, D width, F frames. A token's row is contiguous; "row" counts tokens over the batch, 0 .. B * L. All
-// arithmetic is float32; bf16 is read exactly and rounded to nearest even once, at the store. Every result is the same for
-// any number of threads: rows do not depend on each other, and sums over rows are taken over blocks of rows whose bounds
-// depend on the shapes alone, then over the blocks in order.
+// B batch, L tokens, D width, F frames. A token's row is contiguous; "row" counts tokens over the batch, 0 .. B * L.
+// All arithmetic is float32; bf16 is read exactly and rounded to nearest even once, at the store. Every result is the
+// same for any number of threads: rows do not depend on each other, and sums over rows are taken over blocks of rows
+// whose bounds depend on the shapes alone, then over the blocks in order.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +20,8 @@ struct Rows {
   std::int64_t batch, token;
 };
 
-// A row per frame: `frame` [B, F, D] at frame + b * batch + f * step (token n is of frame n / tokens), plus the row `base`
-// [D]. Either may be absent (null), and both: no table.
+// A row per frame: `frame` [B, F, D] at frame + b * batch + f * step (token n is of frame n / tokens), plus the row
+// `base` [D]. Either may be absent (null), and both: no table.
 struct Table {
   const void* frame;
   const void* base;
@@ -156,9 +157,10 @@ struct Pixels {
   std::int64_t stride[4];
 };
 
-// r = y + bias + x ; out = act(r / max(||r||, 1e-12) * sqrt(C) * gamma), where r and out are given. With `upsampled`, pixel
-// (h, w) of r is channels (2 a + e) C .. of pixel (i + a, j + e) of y, h = 2 i + a, w = 2 j + e. r may be x or y. Unlike
-// all else, out in bf16 is approximated (to a tenth of what rounding costs), and of two equally near takes the larger one.
+// r = y + bias + x ; out = act(r / max(||r||, 1e-12) * sqrt(C) * gamma), where r and out are given. With `upsampled`,
+// pixel (h, w) of r is channels (2 a + e) C .. of pixel (i + a, j + e) of y, h = 2 i + a, w = 2 j + e. r may be x or y.
+// Unlike all else, out in bf16 is approximated (to a tenth of what rounding costs), and of two equally near takes the
+// larger one.
 struct VaeAct {
   Type type;
   std::int64_t size[4];  // B, T, H, W of r and out
@@ -174,11 +176,12 @@ struct RowSums {
   std::int64_t groups;
 };
 
-// Entry points: the best kernel for this processor (or the one asked for), on at most `threads` threads. Shapes and memory
-// are trusted; the partials in the arguments are filled in here. Throw std::invalid_argument if PUSA_NATIVE_ISA is wrong.
+// Entry points: the best kernel for this processor (or the one asked for), on at most `threads` threads. Shapes and
+// memory are trusted; the partials in the arguments are filled in here. Throw std::invalid_argument if PUSA_NATIVE_ISA
+// is wrong.
 void run(const ResidualNormForward& args, int threads);
-// `segments`: equal shares of the rows that no block of them crosses, a multiple of every `groups`. From the tables' shapes
-// alone, so that a sum is the same whatever others are wanted.
+// `segments`: equal shares of the rows that no block of them crosses, a multiple of every `groups`. From the tables'
+// shapes alone, so that a sum is the same whatever others are wanted.
 void run(ResidualNormBackward args, RowSums gate, RowSums scale, RowSums shift, std::int64_t segments, int threads);
 void run(const GatedResidualForward& args, int threads);
 void run(GatedResidualBackward args, RowSums gate, int threads);
@@ -192,18 +195,19 @@ void run(const GeluBackward& args, std::int64_t numel, int threads);
 void run(const LinearRows& args, int threads);
 void run(const VaeAct& args, int threads);
 
-// Instruction sets: "base", "avx2" (with FMA), "avx512" (F and BW). The widest usable one serves, or the one named by the
-// environment variable PUSA_NATIVE_ISA. Both throw std::invalid_argument for a name that is unknown or unusable here.
+// Instruction sets: "base", "avx2" (with FMA), "avx512" (F and BW). The widest usable one serves, or the one named by
+// the environment variable PUSA_NATIVE_ISA. Both throw std::invalid_argument for a name that is unknown or unusable
+// here.
 const char* isa();
 void set_isa(const char* name);
 
 constexpr int kIsas = 3;
-int current_isa();                               // index of the one in use; throws as above
+int current_isa();                              // index of the one in use; throws as above
 bool isa_usable(int index, const char** name);  // index 0 .. kIsas - 1, narrowest first
 
-// What follows is implemented once per instruction set: row_norm.cpp, row_rope.cpp, row_pointwise.cpp, row_vae_act.cpp. A kernel
-// works on rows (or planes, pixels, elements) first .. last, and its sums over them go to index `block` of the partials. `scratch` holds
-// kScratchRows rows of D + 64 floats, aligned to 64 bytes.
+// What follows is implemented once per instruction set: row_norm.cpp, row_rope.cpp, row_pointwise.cpp, row_vae_act.cpp.
+// A kernel works on rows (or planes, pixels, elements) first .. last, and its sums over them go to index `block` of the
+// partials. `scratch` holds kScratchRows rows of D + 64 floats, aligned to 64 bytes.
 struct Span {
   std::int64_t first, last, block;
 };

@@ -66,8 +66,8 @@ void euler_step(const GuidedEulerStep& a, Span span) {
   }
 }
 
-// x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3): x * (1 + tanh(u)) / 2 without its cancellation. As torch's,
-// it is NaN at -inf.
+// x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3): x * (1 + tanh(u)) / 2 without its cancellation. As
+// torch's, it is NaN at -inf.
 PUSA_INLINE Vec gelu_tanh(Vec x) {
   constexpr float kLinear = -2.3022081985f;  // -2 sqrt(2 / pi) log2(e)
   constexpr float kCubic = -0.10294323960f;  // times 0.044715
@@ -83,14 +83,14 @@ template <class T>
 void gelu_span(const Gelu& a, Span span) {
   const T* x = static_cast<const T*>(a.x) + span.first;
   T* out = static_cast<T*>(a.out) + span.first;
-  each(span.last - span.first, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
-    store(out + i, gelu_tanh(read(x + i, lanes)), lanes);
-  });
+  each(span.last - span.first,
+       [&](int64_t i, auto lanes, int) PUSA_LAMBDA { store(out + i, gelu_tanh(read(x + i, lanes)), lanes); });
 }
 
-// d gelu / dx = s + 2 x u' s (1 - s), s = 1 / (1 + exp(-2 u)). Beyond 12 it is 1, or less than 1e-35; squares stay finite.
+// d gelu / dx = s + 2 x u' s (1 - s), s = 1 / (1 + exp(-2 u)). Beyond 12 it is 1, or less than 1e-35; squares stay
+// finite.
 PUSA_INLINE Vec gelu_tanh_slope(Vec x) {
-  constexpr float kLinear = -2.3022081985f, kCubic = -0.10294323960f;  // as in gelu_tanh
+  constexpr float kLinear = -2.3022081985f, kCubic = -0.10294323960f;   // as in gelu_tanh
   constexpr float kSlope = 1.5957691216f, kSlopeCubic = 0.2140644490f;  // 2 sqrt(2 / pi), and times 3 * 0.044715
   constexpr float kBound = 126.0f, kEnd = 12.0f;
   const Vec near_x = x < broadcast(-kEnd) ? broadcast(-kEnd) : (x > broadcast(kEnd) ? broadcast(kEnd) : x);
@@ -122,9 +122,8 @@ void linear_span(const LinearRows& a, Span span) {
     for (int64_t r = 0; r < a.rows; ++r) {
       const float* x = a.x + r * a.in;
       Sum product;
-      each(a.in, [&](int64_t i, auto lanes, int chain) PUSA_LAMBDA {
-        product.chain[chain] += read(weight + i, lanes) * load(x + i, lanes);
-      });
+      each(a.in, [&](int64_t i, auto lanes, int chain)
+                     PUSA_LAMBDA { product.chain[chain] += read(weight + i, lanes) * load(x + i, lanes); });
       a.out[r * a.features + feature] = product.total() + bias;
     }
   }
@@ -145,9 +144,8 @@ void gated_residual_backward(const GatedResidualBackward& args, Span span, float
 }
 
 void guided_euler_step(const GuidedEulerStep& args, Span span, float*) {
-  with_type(args.type, [&](auto x) {
-    with_type(args.v_type, [&](auto v) { euler_step<decltype(x), decltype(v)>(args, span); });
-  });
+  with_type(args.type,
+            [&](auto x) { with_type(args.v_type, [&](auto v) { euler_step<decltype(x), decltype(v)>(args, span); }); });
 }
 
 void gelu(const Gelu& args, Span span, float*) {

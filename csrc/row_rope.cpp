@@ -1,12 +1,14 @@
-// RMSNorm of q and k over all heads, then rotation of adjacent pairs. Compiled once per instruction set; see row_math.hpp.
+// RMSNorm of q and k over all heads, then rotation of adjacent pairs. Compiled once per instruction set; see
+// row_math.hpp.
 #include "row_math.hpp"
 
 namespace pusa {
 namespace PUSA_ISA {
 namespace {
 
-// A token's angles laid out as the rotation of a vector of pairs needs them: v * cos + swap_pairs(v) * sin, with sin's sign
-// alternating. Kept for the fewest heads that fill whole vectors, and renewed only where the token's position changed.
+// A token's angles laid out as the rotation of a vector of pairs needs them: v * cos + swap_pairs(v) * sin, with sin's
+// sign alternating. Kept for the fewest heads that fill whole vectors, and renewed only where the token's position
+// changed.
 class Angles {
  public:
   Angles(const Rope& rope, int64_t width, float* cos_room, float* sin_room)  // of `width` floats each

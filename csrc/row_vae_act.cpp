@@ -1,9 +1,9 @@
-// The VAE's step between two convolutions: bias, residual, RMS norm over channels, SiLU. Compiled once per instruction set;
-// see row_math.hpp.
+// The VAE's step between two convolutions: bias, residual, RMS norm over channels, SiLU. Compiled once per instruction
+// set; see row_math.hpp.
 //
-// Its arithmetic costs as much as its memory does, and for bf16 much of that goes to conversions. So two vectors of bf16
-// are taken from one load, the even elements and the odd ones: one instruction for each to widen, and two for both to pack.
-// What meets them, tables and the sums in `scratch`, is kept in that order.
+// Its arithmetic costs as much as its memory does, and for bf16 much of that goes to conversions. So two vectors of
+// bf16 are taken from one load, the even elements and the odd ones: one instruction for each to widen, and two for both
+// to pack. What meets them, tables and the sums in `scratch`, is kept in that order.
 #include "row_math.hpp"
 
 namespace pusa {
@@ -44,8 +44,8 @@ PUSA_INLINE void pack(bf16* p, Bits even, Bits odd) {
   __builtin_memcpy(p, &pairs, sizeof pairs);
 }
 
-// To nearest even. Other than `rounded` it may make a number of a NaN whose lower half is not zero. None comes here: those
-// of bf16 and of arithmetic have zeros there, and the tables are cleared of others.
+// To nearest even. Other than `rounded` it may make a number of a NaN whose lower half is not zero. None comes here:
+// those of bf16 and of arithmetic have zeros there, and the tables are cleared of others.
 PUSA_INLINE void store(bf16* p, Two v, Both) {
   const auto nearest = [](Bits bits) PUSA_LAMBDA { return bits + (0x7fffu + ((bits >> 16) & 1u)); };
   pack(p, nearest((Bits)v.a), nearest((Bits)v.b));
@@ -116,7 +116,8 @@ PUSA_INLINE Vec reciprocal(Vec d) {
 
 constexpr float kBound = 126.0f;  // of the exponent: beyond it 1 + 2^t is 1, or v / 2^t less than 1e-36
 
-// v / (1 + 2^t), t = -v log2(e). bf16: within 2^-12.6, a tenth of what rounding adds. What a NaN makes of 2^t does not matter.
+// v / (1 + 2^t), t = -v log2(e). bf16: within 2^-12.6, a tenth of what rounding adds. What a NaN makes of 2^t does not
+// matter.
 template <class T, bool kBounded>
 PUSA_INLINE Vec silu(Vec v) {
   Vec t = v * -1.44269504089f;
@@ -143,9 +144,8 @@ float* row_in_order(const Table& table, int64_t channels, float factor, float ne
   const auto value = [&](int64_t i) {
     if (!table.base) return neutral;
     float v = 0.0f;
-    with_type(table.base_type, [&](auto type) {
-      v = factor * load(static_cast<const decltype(type)*>(table.base) + i, First{1})[0];
-    });
+    with_type(table.base_type,
+              [&](auto type) { v = factor * load(static_cast<const decltype(type)*>(table.base) + i, First{1})[0]; });
     return v == v ? v : __builtin_nanf("");
   };
   constexpr bool kPairs = sizeof(T) == 2;
@@ -175,7 +175,8 @@ PUSA_INLINE void each_run(const VaeAct& a, Span span, Body body) {
 
 template <class T>
 PUSA_INLINE T* start(const Pixels& p, const Run& run) {
-  return static_cast<T*>(p.data) + run.b * p.stride[0] + run.t * p.stride[1] + run.h * p.stride[2] + run.w * p.stride[3];
+  return static_cast<T*>(p.data) + run.b * p.stride[0] + run.t * p.stride[1] + run.h * p.stride[2] +
+         run.w * p.stride[3];
 }
 
 // Where y has the first channel of pixel w of a run's row.
@@ -226,8 +227,9 @@ PUSA_INLINE void pair_up(Vec (&sums)[W]) {
   for (int k = 0; k < kCount; k += 2) sums[k / 2] = pair_sums(sums[k], sums[k + 1]);
 }
 
-// 1 / max(norm, 1e-12) of up to W pixels, of whose squares each vector holds partial sums: its lanes are added in pairs, two
-// vectors to one, until one is left with a lane for each pixel. A pixel's result does not depend on its place.
+// 1 / max(norm, 1e-12) of up to W pixels, of whose squares each vector holds partial sums: its lanes are added in
+// pairs, two vectors to one, until one is left with a lane for each pixel. A pixel's result does not depend on its
+// place.
 PUSA_INLINE void factors(Vec (&squares)[W], float* factor) {
   if constexpr (W >= 16) pair_up<16>(squares);
   if constexpr (W >= 8) pair_up<8>(squares);
@@ -240,8 +242,8 @@ PUSA_INLINE void factors(Vec (&squares)[W], float* factor) {
   }
 }
 
-// Pixels that wait between the two passes over them, so that their norms are taken together: as many as the nearest cache
-// holds along with what they are made of.
+// Pixels that wait between the two passes over them, so that their norms are taken together: as many as the nearest
+// cache holds along with what they are made of.
 PUSA_INLINE int64_t group_size(int64_t channels) {
   const int64_t fit = 4096 / (channels > 0 ? channels : 1);
   return fit < 1 ? 1 : (fit < W ? fit : W);
@@ -286,8 +288,9 @@ void act(const VaeAct& a, Span span, float* scratch) {
       Vec squares[W] = {};
       for (int64_t k = 0; k < count; ++k) {
         const int64_t w = first + k;
-        squares[k] = add_up<T, kX, kR, kOut>(C, source.at(run.w + w), bias, kX ? x + w * a.x.stride[3] : nullptr,
-                                             kR ? r + w * a.r.stride[3] : nullptr, scratch_row(scratch, C, static_cast<int>(k)));
+        squares[k] =
+            add_up<T, kX, kR, kOut>(C, source.at(run.w + w), bias, kX ? x + w * a.x.stride[3] : nullptr,
+                                    kR ? r + w * a.r.stride[3] : nullptr, scratch_row(scratch, C, static_cast<int>(k)));
       }
       if constexpr (kOut) {
         float factor[W];
@@ -297,9 +300,15 @@ void act(const VaeAct& a, Span span, float* scratch) {
           T* pixel = out + (first + k) * a.out.stride[3];
           const Vec scale = broadcast(factor[k]);
           switch (last) {
-            case Last::identity: finish<T, Last::identity>(sum, gamma, pixel, C, scale); break;
-            case Last::silu: finish<T, Last::silu>(sum, gamma, pixel, C, scale); break;
-            case Last::bounded_silu: finish<T, Last::bounded_silu>(sum, gamma, pixel, C, scale); break;
+            case Last::identity:
+              finish<T, Last::identity>(sum, gamma, pixel, C, scale);
+              break;
+            case Last::silu:
+              finish<T, Last::silu>(sum, gamma, pixel, C, scale);
+              break;
+            case Last::bounded_silu:
+              finish<T, Last::bounded_silu>(sum, gamma, pixel, C, scale);
+              break;
           }
         }
       }

@@ -157,7 +157,8 @@ class TensorView {
       if (size(i) < 0) fail("must have sizes of 0 or more", shape());
     }
     if (empty()) return;
-    if (reinterpret_cast<std::uintptr_t>(data()) % static_cast<std::uintptr_t>(std::max<std::int64_t>(itemsize(), 1)) != 0) {
+    if (reinterpret_cast<std::uintptr_t>(data()) % static_cast<std::uintptr_t>(std::max<std::int64_t>(itemsize(), 1)) !=
+        0) {
       fail("must be aligned to its elements of " + std::to_string(itemsize()) + " bytes", "another address");
     }
     bytes();

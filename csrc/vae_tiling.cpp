@@ -177,7 +177,8 @@ void run(const GatherTiles& a, int threads) {
   const bool packed = source.pixel == tile.channels;
   const std::int64_t pieces = packed ? 1 : tile.width, piece = tile.channels * (packed ? tile.width : 1) * size;
   parallel(rows, useful, 0, [&](std::int64_t row, float*) {
-    const std::int64_t n = row / (tile.frames * tile.height), t = row / tile.height % tile.frames, y = row % tile.height;
+    const std::int64_t n = row / (tile.frames * tile.height), t = row / tile.height % tile.frames,
+                       y = row % tile.height;
     char* to = static_cast<char*>(tile.data) + (n * a.batch.step + t * tile.frame + y * tile.row) * size;
     const char* from = static_cast<const char*>(source.data) +
                        (t * source.frame + (a.batch.tops[n] + y) * source.row + a.batch.lefts[n] * source.pixel) * size;
@@ -207,8 +208,8 @@ void run(const FinishFrames& a, int threads) {
   run_rows(a, kKernels[current_isa()].finish_row, a.acc, 0, a.acc.height, threads);
 }
 
-void run(const std::vector<PlacedTile>& tiles, std::int64_t border_h, std::int64_t border_w, const Clip& out, bool clamp,
-         bool round, int threads) {
+void run(const std::vector<PlacedTile>& tiles, std::int64_t border_h, std::int64_t border_w, const Clip& out,
+         bool clamp, bool round, int threads) {
   const Cover cover(tiles, out, border_w);
   const FinishTiles args{out, tiles[0].clip.type, border_h, clamp, round, cover.segments.data(), cover.starts.data()};
   const auto kernel = kKernels[current_isa()].finish_tiles;

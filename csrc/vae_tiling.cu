@@ -1,5 +1,5 @@
-// The VAE's tiling on CUDA: one launch per batch of tiles, on the caller's stream. Blocks own what they write, and add tiles
-// in their order, so results are the same every time and nothing is atomic.
+// The VAE's tiling on CUDA: one launch per batch of tiles, on the caller's stream. Blocks own what they write, and add
+// tiles in their order, so results are the same every time and nothing is atomic.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -63,8 +63,9 @@ __global__ void __launch_bounds__(kThreads)
   for (std::int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const std::int64_t y = row % tile.height, t = row / tile.height % tile.frames;
     const int n = static_cast<int>(row / tile.height / tile.frames);
-    const char* from = source + (t * a.source.frame + (places.top[n] + y) * a.source.row + places.left[n] * a.source.pixel) *
-                                    a.itemsize;
+    const char* from =
+        source +
+        (t * a.source.frame + (places.top[n] + y) * a.source.row + places.left[n] * a.source.pixel) * a.itemsize;
     for (unsigned i = threadIdx.x; i < units; i += kThreads) {
       const std::int64_t pixel = i / run;
       tiles[row * units + i] = reinterpret_cast<const Unit*>(from + pixel * a.source.pixel * a.itemsize)[i % run];
@@ -243,7 +244,8 @@ void blend_chunks(const BlendTiles& a, const Places& places, void* stream) {
   const auto [leftmost, rightmost] = std::minmax_element(places.left, places.left + places.count);
   const std::int64_t first = *leftmost / kPixels, last = (*rightmost + a.batch.tile.width - 1) / kPixels;
   const std::int64_t segments = last - first + 1, rows = *lowest - *highest + a.batch.tile.height;
-  if (rows > kMostBlocks / segments) throw std::runtime_error("a picture is too large for one launch: use smaller tiles");
+  if (rows > kMostBlocks / segments)
+    throw std::runtime_error("a picture is too large for one launch: use smaller tiles");
   launch(blend<T, V>, rows * segments, stream, a, places, *highest, first, static_cast<unsigned>(segments));
 }
 
@@ -286,9 +288,9 @@ void run(const BlendTiles& args, int device, void* stream) {
     BlendTiles a = args;
     a.batch = batch;
     const std::int64_t size = size_of(batch.tile.type), C = a.acc.channels;
-    const std::int64_t tile = common_alignment({address(batch.tile.data), batch.step * size, batch.tile.frame * size,
-                                                batch.tile.row * size, batch.tile.width * C * size,
-                                                any_left(places) * C * size});
+    const std::int64_t tile =
+        common_alignment({address(batch.tile.data), batch.step * size, batch.tile.frame * size, batch.tile.row * size,
+                          batch.tile.width * C * size, any_left(places) * C * size});
     const std::int64_t acc = common_alignment({address(a.acc.data), a.acc.frame * 4, a.acc.row * 4});
     with_float(batch.tile.type, [&](auto type) {
       using T = decltype(type);

@@ -1,4 +1,5 @@
-// Spatial tiling of the VAE: the plan, gathering tiles, blending them with feathered masks, and one last pass to frames.
+// Spatial tiling of the VAE: the plan, gathering tiles, blending them with feathered masks, and one last pass to
+// frames.
 //
 // T frames, H and W height and width, C channels innermost; N tiles of th x tw. Strides count elements. Arithmetic is
 // float32; results do not depend on the number of threads.
@@ -19,7 +20,8 @@ struct Clip {
   std::int64_t frame, row, pixel;  // strides of T, H, W
 };
 
-// tiles[n] is N tiles' n-th, of tile.frames x tile.height x tile.width x tile.channels, at (tops[n], lefts[n]) of a picture.
+// tiles[n] is N tiles' n-th, of tile.frames x tile.height x tile.width x tile.channels, at (tops[n], lefts[n]) of a
+// picture.
 struct TileBatch {
   Clip tile;          // the first
   std::int64_t step;  // stride of N
@@ -35,8 +37,9 @@ struct GatherTiles {
   std::int64_t itemsize;
 };
 
-// acc += mask * tile and weight += mask, in the order of the tiles. Where weight is 0 acc is not read: it may be memory that
-// nothing was written to. acc and tiles have their pixels side by side; acc [T, H, W, C] is float32, weight [H, W] contiguous.
+// acc += mask * tile and weight += mask, in the order of the tiles. Where weight is 0 acc is not read: it may be memory
+// that nothing was written to. acc and tiles have their pixels side by side; acc [T, H, W, C] is float32, weight [H, W]
+// contiguous.
 struct BlendTiles {
   TileBatch batch;
   Clip acc;
@@ -52,8 +55,8 @@ struct FinishFrames {
   bool clamp, round;
 };
 
-// The two above in one, without memory for the sums: out = sum of mask * tile / sum of mask, of tiles that lie anywhere,
-// each of its own size. Pixels of no tile are NaN, as uint8 0.
+// The two above in one, without memory for the sums: out = sum of mask * tile / sum of mask, of tiles that lie
+// anywhere, each of its own size. Pixels of no tile are NaN, as uint8 0.
 struct PlacedTile {
   Clip clip;
   std::int64_t top, left;
@@ -86,8 +89,9 @@ struct TileSpan {
   std::int64_t top, bottom, left, right;
 };
 
-// Starts are multiples of the stride; none is in the plan whose tile would lie wholly inside the one before. The last tile
-// may be smaller. Throws std::invalid_argument: sizes below 1, a stride larger than its tile, more than 2^20 tiles.
+// Starts are multiples of the stride; none is in the plan whose tile would lie wholly inside the one before. The last
+// tile may be smaller. Throws std::invalid_argument: sizes below 1, a stride larger than its tile, more than 2^20
+// tiles.
 std::vector<TileSpan> tile_plan(std::int64_t height, std::int64_t width, std::int64_t tile_h, std::int64_t tile_w,
                                 std::int64_t stride_h, std::int64_t stride_w);
 
@@ -95,8 +99,8 @@ std::vector<TileSpan> tile_plan(std::int64_t height, std::int64_t width, std::in
 void run(const GatherTiles& args, int threads);
 void run(const BlendTiles& args, int threads);
 void run(const FinishFrames& args, int threads);
-void run(const std::vector<PlacedTile>& tiles, std::int64_t border_h, std::int64_t border_w, const Clip& out, bool clamp,
-         bool round, int threads);
+void run(const std::vector<PlacedTile>& tiles, std::int64_t border_h, std::int64_t border_w, const Clip& out,
+         bool clamp, bool round, int threads);
 
 // On a CUDA device, which is current during the call only: queued on `stream` (a cudaStream_t), not waited for. Throws
 // std::runtime_error with CUDA's words where a launch fails.
@@ -106,8 +110,9 @@ void run(const BlendTiles& args, int device, void* stream);
 void run(const FinishFrames& args, int device, void* stream);
 }  // namespace cuda
 
-// What follows is implemented once per instruction set, in vae_tiling_rows.cpp: row (or band) y of frames first .. last.
-// `scratch` holds kPictureRows rows of scratch_stride(W * C) floats, finish_tiles' also kTermFloats for each term of a segment.
+// What follows is implemented once per instruction set, in vae_tiling_rows.cpp: row (or band) y of frames first ..
+// last. `scratch` holds kPictureRows rows of scratch_stride(W * C) floats, finish_tiles' also kTermFloats for each term
+// of a segment.
 struct RowSpan {
   std::int64_t y, first, last;
 };

@@ -1,5 +1,6 @@
-// The VAE's tiling as functions of pusa_fast._native, on tensors of the CPU and, where built, of CUDA: checks every argument
-// against every other, so that none can make a kernel read or write outside its memory, then runs without the GIL.
+// The VAE's tiling as functions of pusa_fast._native, on tensors of the CPU and, where built, of CUDA: checks every
+// argument against every other, so that none can make a kernel read or write outside its memory, then runs without the
+// GIL.
 #include "vae_tiling_bindings.hpp"
 
 #include <algorithm>
@@ -26,7 +27,8 @@ constexpr Memory kMemory = Memory::cpu;
 #endif
 
 std::int64_t integer(const std::string& name, py::handle value, std::int64_t least) {
-  const std::string wanted = name + " must be an integer of " + std::to_string(least) + " or more that fits into 64 bits, got ";
+  const std::string wanted =
+      name + " must be an integer of " + std::to_string(least) + " or more that fits into 64 bits, got ";
   const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
   if (!index) throw py::error_already_set();  // TypeError
   int overflow = 0;
@@ -87,7 +89,8 @@ Element element(const TensorView& x, bool with_uint8) {
   if (x.is_bfloat16()) return Element::bfloat16;
   if (x.is_float16()) return Element::float16;
   if (with_uint8 && x.is_uint8()) return Element::uint8;
-  x.fail(with_uint8 ? "must be uint8, float32, bfloat16 or float16" : "must be float32, bfloat16 or float16", x.dtype());
+  x.fail(with_uint8 ? "must be uint8, float32, bfloat16 or float16" : "must be float32, bfloat16 or float16",
+         x.dtype());
 }
 
 // The last four axes.
@@ -97,8 +100,7 @@ Clip clip(const TensorView& x, int rank, Element type) {
   x.require_unit_last_stride();
   const int t = rank - 4;
   const std::int64_t channels = x.size(t + 3), pixel = x.size(t + 2) > 1 ? x.stride(t + 2) : channels;
-  return {x.data(),      type,        x.size(t),       x.size(t + 1), x.size(t + 2), channels,
-          x.stride(t), x.stride(t + 1), pixel};
+  return {x.data(), type, x.size(t), x.size(t + 1), x.size(t + 2), channels, x.stride(t), x.stride(t + 1), pixel};
 }
 
 void require_not_empty(const TensorView& x, int first_axis) {
@@ -108,12 +110,15 @@ void require_not_empty(const TensorView& x, int first_axis) {
 }
 
 void require_packed(const TensorView& x, const Clip& found) {
-  if (found.pixel != found.channels) x.fail("must have its pixels side by side", "a stride of " + std::to_string(found.pixel));
+  if (found.pixel != found.channels)
+    x.fail("must have its pixels side by side", "a stride of " + std::to_string(found.pixel));
 }
 
-void require_same(const TensorView& x, const char* what, std::int64_t found, const TensorView& other, std::int64_t wanted) {
+void require_same(const TensorView& x, const char* what, std::int64_t found, const TensorView& other,
+                  std::int64_t wanted) {
   if (found != wanted) {
-    x.fail(std::string("must have the ") + what + " of " + other.name() + ", " + std::to_string(wanted), std::to_string(found));
+    x.fail(std::string("must have the ") + what + " of " + other.name() + ", " + std::to_string(wanted),
+           std::to_string(found));
   }
 }
 
@@ -139,7 +144,8 @@ template <class Args>
 void launch(const Args& args, const TensorView& on, py::handle threads_, py::handle stream_) {
   const int threads = thread_count(threads_);
   const auto stream = static_cast<std::uintptr_t>(integer("stream", stream_, 0));
-  if (on.is_cpu() && stream != 0) throw std::invalid_argument("stream must be 0 on the CPU, got " + std::to_string(stream));
+  if (on.is_cpu() && stream != 0)
+    throw std::invalid_argument("stream must be 0 on the CPU, got " + std::to_string(stream));
   const py::gil_scoped_release unlocked;
 #ifdef PUSA_CUDA
   if (on.is_cuda()) return cuda::run(args, on.device(), reinterpret_cast<void*>(stream));
@@ -149,9 +155,9 @@ void launch(const Args& args, const TensorView& on, py::handle threads_, py::han
 
 py::list plan(py::handle height, py::handle width, py::handle tile_h, py::handle tile_w, py::handle stride_h,
               py::handle stride_w) {
-  const std::vector<TileSpan> spans = tile_plan(integer("height", height, 1), integer("width", width, 1),
-                                                integer("tile_h", tile_h, 1), integer("tile_w", tile_w, 1),
-                                                integer("stride_h", stride_h, 1), integer("stride_w", stride_w, 1));
+  const std::vector<TileSpan> spans =
+      tile_plan(integer("height", height, 1), integer("width", width, 1), integer("tile_h", tile_h, 1),
+                integer("tile_w", tile_w, 1), integer("stride_h", stride_h, 1), integer("stride_w", stride_w, 1));
   py::list found;
   for (const TileSpan& span : spans) found.append(py::make_tuple(span.top, span.bottom, span.left, span.right));
   return found;
@@ -162,7 +168,8 @@ void gather_tiles(py::handle source_, py::handle tiles_, py::handle tops, py::ha
   const TensorView source("source", source_, kMemory), tiles("tiles", tiles_, kMemory);
   tiles.require_device(source);
   const std::int64_t size = source.itemsize();
-  if (size != 1 && size != 2 && size != 4 && size != 8) source.fail("must have elements of 1, 2, 4 or 8 bytes", source.dtype());
+  if (size != 1 && size != 2 && size != 4 && size != 8)
+    source.fail("must have elements of 1, 2, 4 or 8 bytes", source.dtype());
   if (!tiles.same_dtype(source)) tiles.fail("must have the dtype of source, " + source.dtype(), tiles.dtype());
   const Clip from = clip(source, 4, Element::uint8), tile = clip(tiles, 5, Element::uint8);
   tiles.require_contiguous();
@@ -240,7 +247,8 @@ void finish_tiles(py::handle tiles_, py::handle tops, py::handle lefts, py::hand
 }  // namespace
 
 void bind_vae_tiling(py::module_& m) {
-  m.def("tile_plan", &plan, "(top, bottom, left, right) of each tile, row by row. ValueError: sizes that make no plan.");
+  m.def("tile_plan", &plan,
+        "(top, bottom, left, right) of each tile, row by row. ValueError: sizes that make no plan.");
   m.def("gather_tiles", &gather_tiles);
   m.def("blend_tiles", &blend_tiles);
   m.def("finish_frames", &finish_frames);

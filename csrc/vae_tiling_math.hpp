@@ -22,8 +22,8 @@ PUSA_BOTH Value constant(float x) {
   return Value{} + x;
 }
 
-// Weight of position i of a tile of `size` along one axis: a ramp of `border` at each end inside the picture. Where both
-// reach, the one at the far end stands.
+// Weight of position i of a tile of `size` along one axis: a ramp of `border` at each end inside the picture. Where
+// both reach, the one at the far end stands.
 PUSA_BOTH float ramp(int64_t i, int64_t size, int64_t border, bool inside_before, bool inside_after) {
   const int64_t left = size - i;
   if (inside_after && left <= border) return static_cast<float>(left) / static_cast<float>(border);

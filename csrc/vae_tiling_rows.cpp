@@ -1,4 +1,5 @@
-// Rows of pictures: tiles added to an accumulator, and its way to frames. Compiled once per instruction set; see row_math.hpp.
+// Rows of pictures: tiles added to an accumulator, and its way to frames. Compiled once per instruction set; see
+// row_math.hpp.
 #include "row_math.hpp"
 #include "vae_tiling.hpp"
 #include "vae_tiling_math.hpp"

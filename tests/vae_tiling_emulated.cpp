@@ -39,8 +39,8 @@ struct Array {
     const std::int64_t pixel = C + (loose ? draw(0, 2) : 0), row = W * pixel + (loose ? draw(0, 3) : 0);
     const std::int64_t frame = H * row + (loose ? draw(0, 3) : 0);
     step = T * frame;
-    memory.resize(
-        static_cast<std::size_t>(((N - 1) * step + (T - 1) * frame + (H - 1) * row + (W - 1) * pixel + C) * size_of(type)));
+    memory.resize(static_cast<std::size_t>(((N - 1) * step + (T - 1) * frame + (H - 1) * row + (W - 1) * pixel + C) *
+                                           size_of(type)));
     memory.shrink_to_fit();
     for (char& byte : memory) byte = static_cast<char>(draw(0, 62));
     clip = {memory.data(), type, T, H, W, C, frame, row, pixel};
@@ -60,7 +60,8 @@ void round() {
   const std::int64_t T = draw(1, 3), C = draw(0, 3) ? 3 : draw(1, 16);
   const std::int64_t th = draw(1, 6), tw = draw(1, 12) * unit, H = th + draw(0, 9), W = tw + draw(0, 25) * unit;
   std::set<std::pair<std::int64_t, std::int64_t>> places;
-  for (std::int64_t n = draw(0, 4) ? draw(1, 6) : 200; n > 0; --n) places.insert({draw(0, H - th), draw(0, (W - tw) / unit) * unit});
+  for (std::int64_t n = draw(0, 4) ? draw(1, 6) : 200; n > 0; --n)
+    places.insert({draw(0, H - th), draw(0, (W - tw) / unit) * unit});
   std::vector<std::int64_t> tops, lefts;
   for (const auto& [top, left] : places) {
     tops.push_back(top);
@@ -91,7 +92,8 @@ void round() {
   Array out(out_type, 1, T, H, W, C, draw(0, 1) == 1), out2(out);
   const bool clamp = draw(0, 1) == 1, nearest = draw(0, 1) == 1, from_sums = draw(0, 1) == 1;
   for (float& w : weight) w = w == 0.0f ? 1.0f : w;
-  const pusa::FinishFrames args{from_sums ? sums.clip : source.clip, out.clip, draw(0, 1) ? weight.data() : nullptr, clamp, nearest};
+  const pusa::FinishFrames args{from_sums ? sums.clip : source.clip, out.clip, draw(0, 1) ? weight.data() : nullptr,
+                                clamp, nearest};
   pusa::FinishFrames args2 = args;
   args2.out = out2.clip;
   pusa::run(args, 1);

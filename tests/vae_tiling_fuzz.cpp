@@ -1,5 +1,5 @@
-// Random plans for the CPU's tiling, run under sanitizers by test_vae_tiling_native.py: `fuzz ISA ROUNDS`. Every buffer is
-// exactly as long as what it holds, so that one element too far is seen.
+// Random plans for the CPU's tiling, run under sanitizers by test_vae_tiling_native.py: `fuzz ISA ROUNDS`. Every buffer
+// is exactly as long as what it holds, so that one element too far is seen.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

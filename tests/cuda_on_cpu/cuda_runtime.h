@@ -1,5 +1,6 @@
-// As much of CUDA as csrc/vae_tiling.cu uses, on the CPU: a block's threads are threads, which meet at __syncthreads, and
-// blocks run one after another. So sanitizers can watch kernels for what lies outside memory, and for races within a block.
+// As much of CUDA as csrc/vae_tiling.cu uses, on the CPU: a block's threads are threads, which meet at __syncthreads,
+// and blocks run one after another. So sanitizers can watch kernels for what lies outside memory, and for races within
+// a block.
 #pragma once
 
 #include <barrier>
