@@ -58,9 +58,9 @@ build_native() {
 run_step() {
   case $1 in
     native) step native 150 bash -c 'build_native' ;;
-    sanitizer) step sanitizer 200 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_vae_cuda.py -k "tiles or stream" ;;
+    sanitizer) step sanitizer 200 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider tests/model/test_vae_cuda.py -k "tiles or stream" ;;
     tests)
-      step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels tests/test_vae_cuda.py tests/test_attention.py tests/test_dit.py tests/test_train_memory.py tests/test_bench*.py
+      step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels tests/model/test_vae_cuda.py tests/attention tests/model/test_dit.py tests/training/test_train_memory.py tests/bench
       sed -n '/^== tests$/,$p' "$OUT/log.txt" | tail -60 >"$OUT/tests.txt"
       ;;
     e2e-480p) bench e2e-480p 240 e2e "$e2e, \"size\": \"480p\"" ;;

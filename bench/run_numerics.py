@@ -15,8 +15,8 @@ from rich.progress import track
 from torch import Tensor
 
 from pusa_fast import Condition, Pipeline
+from pusa_fast.data import sprites
 from pusa_fast.model.fp8 import block_errors, quantize
-from pusa_fast.training import sprites
 from pusa_fast.weights import apply_lora
 from pusa_fast.weights.pretrained import find_model
 

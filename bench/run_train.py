@@ -22,6 +22,7 @@ from bench.reference_dit import reference_dit
 from bench.timing import Run, measure, ratio, significant, spread
 from pusa_fast import DiTConfig, WanDiT
 from pusa_fast.config import MODELS
+from pusa_fast.data.store import LatentStore, StoreWriter
 from pusa_fast.model.linear import LORA_TARGETS, adapters
 from pusa_fast.testing import relative_error
 from pusa_fast.training import fafm, flops, metrics
@@ -29,7 +30,6 @@ from pusa_fast.training.config import TrainConfig, parse_config
 from pusa_fast.training.data import Batch
 from pusa_fast.training.parallel import World
 from pusa_fast.training.plan import plan_step
-from pusa_fast.training.store import LatentStore, StoreWriter
 from pusa_fast.training.trainer import Trainer
 from pusa_fast.weights import load_dit
 from pusa_fast.weights.pretrained import find_model

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bench.timing import Run, measure, ratio, significant, spread
-from pusa_fast.model.blending import Blend
-from pusa_fast.model.tiling import Tiling, tile_spans
+from pusa_fast.model.vae.blending import Blend
+from pusa_fast.model.vae.tiling import Tiling, tile_spans
 
 CPU = torch.device("cpu")
 _SCALE = 8  # pixels of a latent pixel

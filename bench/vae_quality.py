@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from pusa_fast.model.tiling import tile_spans
+from pusa_fast.model.vae.tiling import tile_spans
 
 
 def psnr(value: Tensor, reference: Tensor) -> float | None:

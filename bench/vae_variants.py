@@ -23,7 +23,7 @@ from pusa_fast.testing import relative_error
 Row = dict[str, Any]
 Lines = tuple[list[int], list[int]]  # rows and columns where tiles meet
 REFERENCES = ("pusa", "diffusers")
-_MEMORY_MODEL = "pusa_fast.model.vae_memory"
+_MEMORY_MODEL = "pusa_fast.model.vae.memory"
 
 
 @dataclass(frozen=True)

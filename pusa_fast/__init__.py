@@ -5,14 +5,15 @@ The public names load on first use: importing this package loads no triton, tran
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pusa_fast._lazy import lazy_names
 
 if TYPE_CHECKING:
     from pusa_fast.config import DiTConfig, VAEConfig
     from pusa_fast.model.dit import WanDiT
-    from pusa_fast.model.tiling import Tiling
-    from pusa_fast.model.vae import WanVAE
+    from pusa_fast.model.vae.model import WanVAE
+    from pusa_fast.model.vae.tiling import Tiling
     from pusa_fast.pipeline import Pipeline
     from pusa_fast.sampling.task import Condition
 
@@ -24,20 +25,11 @@ _HOME = {
     "Condition": "pusa_fast.sampling.task",
     "DiTConfig": "pusa_fast.config",
     "Pipeline": "pusa_fast.pipeline",
-    "Tiling": "pusa_fast.model.tiling",
+    "Tiling": "pusa_fast.model.vae.tiling",
     "VAEConfig": "pusa_fast.config",
     "WanDiT": "pusa_fast.model.dit",
-    "WanVAE": "pusa_fast.model.vae",
+    "WanVAE": "pusa_fast.model.vae.model",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'pusa_fast' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value  # the next access does not come here
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

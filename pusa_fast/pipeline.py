@@ -17,27 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pusa_fast.device import default_dtype, out_of_memory, resolve_device, usable_memory, weight_bytes
 from pusa_fast.media import Medium, open_media
 from pusa_fast.model.dit import WanDiT
 from pusa_fast.model.text import TextEncoder
-from pusa_fast.model.tiling import Tiling
-from pusa_fast.model.vae import WanVAE
-from pusa_fast.model.vae_memory import usable_memory, weight_bytes
-from pusa_fast.model.vae_modes import join
+from pusa_fast.model.vae.model import WanVAE
+from pusa_fast.model.vae.modes import join
+from pusa_fast.model.vae.tiling import Tiling
 from pusa_fast.sampling import conditioning, sampler, task
 from pusa_fast.sampling.schedule import lift, sigma_grid
 from pusa_fast.sampling.task import Condition, Plan, Settings
-from pusa_fast.weights.pretrained import WAN_DEFAULTS, ModelFiles, find_model
+from pusa_fast.weights.pretrained import WAN_DEFAULTS, ModelFiles, find_model, load_text_encoder
 
 LoRAs = Mapping[str | os.PathLike[str], float]
-
-# What to change when a stage runs out of memory.
-_RELIEF = {
-    "text": "load the model in a smaller dtype, or give prompt_embeds made elsewhere",
-    "encode": "use tiling='auto' (or Tiling(mode='exact') with smaller tiles), or a smaller height and width",
-    "denoise": "use fewer num_frames, a smaller height and width, or guidance_scale=1",
-    "decode": "use tiling='auto' (or Tiling(mode='exact') with smaller tiles), a smaller height and width, or fewer num_frames",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +107,7 @@ class Pipeline:
             if not math.isfinite(strength):
                 raise ValueError(f"LoRA {path}: strength must be a number, got {strength!r}")
         where = resolve_device(device)
-        kind = check_precision(precision, where, dtype) or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+        kind = check_precision(precision, where, dtype) or default_dtype(where)
         resolve(attention, where, kind)
 
         dit = load_dit(files.dit, device=where, dtype=kind)
@@ -294,40 +286,8 @@ class Pipeline:
     def _stage(self, name: str) -> Iterator[None]:
         """Record how long a stage takes; out of memory names the option that helps."""
         start = time.perf_counter()
-        try:
+        with out_of_memory(name, self.device):
             yield
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            raise torch.OutOfMemoryError(f"out of memory in {name} on {self.device}: {_RELIEF[name]}") from error
         self.last_run["seconds"][name] = time.perf_counter() - start
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """None: a GPU where there is one. Raises ValueError for a device that is unknown or not there."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from None
-    if where.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {device} is not supported: use cpu, cuda or cuda:N")
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {device} does not exist here ({torch.cuda.device_count()} CUDA devices): use device='cpu'"
-        )
-    return where
-
-
-def load_text_encoder(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """The text encoder of a model, from a transformers directory or one file of weights. Raises as `TextEncoder.from_directory`."""
-    if files.text_encoder.is_dir():
-        return TextEncoder.from_directory(files.text_encoder, files.tokenizer, device, dtype, files.text_len)
-    from pusa_fast.weights import load_text_encoder_state
-
-    return TextEncoder.from_state(
-        load_text_encoder_state(files.text_encoder), files.tokenizer, device, dtype, files.text_len
-    )

@@ -139,10 +139,10 @@ class TinyTraining:
 @pytest.fixture(scope="session")
 def _tiny_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     from pusa_fast import DiTConfig, WanDiT
+    from pusa_fast.data.catalog import Catalog
+    from pusa_fast.data.planning import model_hashes
+    from pusa_fast.data.store import StoreWriter
     from pusa_fast.testing import make_input
-    from pusa_fast.training.catalog import Catalog
-    from pusa_fast.training.planning import model_hashes
-    from pusa_fast.training.store import StoreWriter
     from pusa_fast.weights import checkpoint, keymap
     from pusa_fast.weights.pretrained import find_model
 
@@ -256,7 +256,7 @@ class Program:
 def _forks() -> ForkServerContext:
     """Forks processes that have torch and the trainer imported, which costs five seconds each time otherwise."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "pusa_fast.training.prepare", "pusa_fast.training.trainer"])
+    context.set_forkserver_preload(["torch._dynamo", "pusa_fast.data.prepare", "pusa_fast.training.trainer"])
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with pytest.MonkeyPatch.context() as patch:
         # No thread in the server: what a thread holds while another forks stays held.

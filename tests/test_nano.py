@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from pusa_fast import Condition, Pipeline
+from pusa_fast.data import sprites
 from pusa_fast.sampling.conditioning import to_frames, to_video
-from pusa_fast.training import sprites
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "pusa_fast" / "assets" / "nano"

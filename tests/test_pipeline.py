@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from pusa_fast import Condition, DiTConfig, Pipeline, Tiling, VAEConfig, WanDiT, WanVAE
 from pusa_fast import pipeline as pipeline_module
+from pusa_fast.device import weight_bytes
 from pusa_fast.media import open_media
-from pusa_fast.model.vae_memory import peak_bytes, weight_bytes
+from pusa_fast.model.vae.memory import peak_bytes
 from pusa_fast.sampling.sampler import ExpertPair
 from pusa_fast.weights import checkpoint, keymap
 from pusa_fast.weights.pretrained import WAN_DEFAULTS, find_model

@@ -9,7 +9,7 @@ import photos
 import torch
 from torch import Tensor
 
-from pusa_fast.training import sprites
+from pusa_fast.data import sprites
 
 PHOTO_SHARE = 0.25
 STILL_SHARE = 0.25  # of the photographs: nothing moves before them

@@ -11,12 +11,12 @@ import torch
 from rich.progress import track
 from text import TEXT_LEN
 
+from pusa_fast.data import sprites
+from pusa_fast.data.catalog import FILES, Catalog
+from pusa_fast.data.planning import model_hashes
+from pusa_fast.data.store import StoreWriter
 from pusa_fast.model.text import TextEncoder
-from pusa_fast.model.vae import WanVAE
-from pusa_fast.training import sprites
-from pusa_fast.training.catalog import FILES, Catalog
-from pusa_fast.training.planning import model_hashes
-from pusa_fast.training.store import StoreWriter
+from pusa_fast.model.vae.model import WanVAE
 from pusa_fast.weights import load_vae
 from pusa_fast.weights.pretrained import find_model
 

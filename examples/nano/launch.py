@@ -8,8 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
+from pusa_fast.data.store import write_text
 from pusa_fast.training.config import TrainConfig, dump_config
-from pusa_fast.training.store import write_text
 from pusa_fast.training.trainer import Outcome, export_run, train
 
 

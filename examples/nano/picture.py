@@ -6,7 +6,7 @@ import sys
 
 from PIL import Image
 
-from pusa_fast.training import sprites
+from pusa_fast.data import sprites
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pusa_fast import Condition, Pipeline, WanVAE
+from pusa_fast.data import sprites
 from pusa_fast.sampling import conditioning, sampler, task
 from pusa_fast.sampling.schedule import lift, sigma_grid
-from pusa_fast.training import sprites
 from pusa_fast.weights import load_vae
 from pusa_fast.weights.files import file_hash
 from pusa_fast.weights.pretrained import find_model

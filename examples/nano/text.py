@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pusa_fast.training import sprites
+from pusa_fast.data import sprites
 
 TEXT_LEN, WIDTH = 24, 64
 STEPS, BATCH = 500, 128

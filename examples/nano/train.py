@@ -24,11 +24,11 @@ import torch
 import vae
 from safetensors.torch import load_file
 
-from pusa_fast.model.vae import WanVAE
-from pusa_fast.training import sprites
+from pusa_fast.data import sprites
+from pusa_fast.data.store import write_text
+from pusa_fast.model.vae.model import WanVAE
 from pusa_fast.training.config import TrainConfig
 from pusa_fast.training.metrics import read_metrics
-from pusa_fast.training.store import write_text
 from pusa_fast.training.trainer import Outcome, export_run
 from pusa_fast.weights import checkpoint, keymap, load_dit, load_vae
 from pusa_fast.weights.files import save

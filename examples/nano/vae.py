@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pusa_fast.config import VAEConfig
-from pusa_fast.model.vae import WanVAE
-from pusa_fast.model.vae_layers import CausalConv3d, Downsample, Upsample
-from pusa_fast.training import sprites
+from pusa_fast.data import sprites
+from pusa_fast.model.vae.layers import CausalConv3d, Downsample, Upsample
+from pusa_fast.model.vae.model import WanVAE
 
 KL_WEIGHT = 1e-6  # 1e-4 stalls at 20 dB
 # The decoder sees latents with up to this much noise, in their own standard deviations: a transformer's latents are not exact.

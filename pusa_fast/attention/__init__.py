@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pusa_fast.attention.table import BACKENDS, ORDER, chosen, refusal
+from pusa_fast.device import default_dtype, parse_device
 
 __all__ = ["BACKENDS", "ORDER", "attention", "backends", "resolve"]
 
@@ -21,8 +22,8 @@ def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
 
     Each one found is tried on a small forward at head dimension 128, in bfloat16 on a GPU.
     """
-    where = _device(device)
-    refusals = {name: refusal(name, where, _dtype(where), 128, False, False) for name in BACKENDS}
+    where = parse_device(device)
+    refusals = {name: refusal(name, where, default_dtype(where), 128, False, False) for name in BACKENDS}
     return {name: found.reason if found else None for name, found in refusals.items()}
 
 
@@ -38,8 +39,10 @@ def resolve(
     `dtype` None: bfloat16 on a GPU, float32 elsewhere. `grad`: gradients are wanted. Raises ValueError for a name that is
     unknown, and for a backend asked for by name that cannot be used there.
     """
-    where = _device(device)
-    return chosen(backend, where, dtype or _dtype(where), head_dim, grad, torch.are_deterministic_algorithms_enabled())
+    where = parse_device(device)
+    return chosen(
+        backend, where, dtype or default_dtype(where), head_dim, grad, torch.are_deterministic_algorithms_enabled()
+    )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
@@ -62,14 +65,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     deterministic = torch.are_deterministic_algorithms_enabled()
     head_dim = operator.index(of_q[3])  # torch.compile takes a head dimension for a constant, even among dynamic shapes
     return BACKENDS[chosen(backend, device, dtype, head_dim, grad, deterministic)].run(q, k, v)
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"unknown device {device!r}: use cpu, cuda or cuda:N") from None
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -13,7 +13,7 @@ import typer
 
 from pusa_fast import attention, ops
 from pusa_fast.commands import record
-from pusa_fast.model import blending
+from pusa_fast.model.vae import blending
 from pusa_fast.weights.pretrained import find_model
 
 _CODECS = ("libx264", "h264", "hevc", "vp9", "av1", "gif")

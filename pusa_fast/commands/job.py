@@ -16,7 +16,7 @@ from pusa_fast import attention, video
 from pusa_fast.commands import record
 from pusa_fast.commands.plan import Inputs, MediaPlan, plan_media
 from pusa_fast.config import VAEConfig
-from pusa_fast.model.tiling import Tiling
+from pusa_fast.model.vae.tiling import Tiling
 from pusa_fast.sampling import task
 from pusa_fast.weights.pretrained import ModelFiles, find_model
 

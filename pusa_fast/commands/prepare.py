@@ -47,7 +47,7 @@ class Options:
 def run(options: Options) -> None:
     """Prepare the clips. Raises ValueError, OSError or torch.OutOfMemoryError; complete shards stay."""
     from pusa_fast.commands.job import TILINGS
-    from pusa_fast.training.prepare import REPORT, prepare
+    from pusa_fast.data.prepare import REPORT, prepare
 
     given: dict[str, Any] = {
         "model": options.model, "buckets": options.bucket, "fps": options.fps, "clips_per_video": options.clips_per_video,

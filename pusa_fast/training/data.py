@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pusa_fast.data.store import LatentStore, StoredClip
 from pusa_fast.training.ptss import TimestepSampling
-from pusa_fast.training.store import LatentStore, StoredClip
 
 
 @dataclass(frozen=True, eq=False)

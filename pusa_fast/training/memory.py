@@ -7,8 +7,8 @@ backward pass repeats the products but never attention, which is half of the wor
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,17 +65,6 @@ def save_memory(dit: WanDiT, mode: str, offload: bool = False) -> None:
     for block in dit.blocks:
         assert isinstance(block, Block)
         block.checkpoint = run
-
-
-@contextmanager
-def out_of_memory(message: str) -> Iterator[None]:
-    """Any kind of running out of memory becomes a torch.OutOfMemoryError that says `message`."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        raise torch.OutOfMemoryError(message) from error
 
 
 @dataclass(eq=False)

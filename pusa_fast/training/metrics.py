@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pusa_fast.data.store import write_text
 from pusa_fast.training.config import TrainConfig
-from pusa_fast.training.store import write_text
 
 METRICS = "metrics.jsonl"
 LEVEL_EDGES = (0.25, 0.5, 0.75)  # of the quarters of noise levels that errors are reported by

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from pusa_fast import ops
 from pusa_fast.config import MODELS, DiTConfig
+from pusa_fast.data.store import LatentStore
 from pusa_fast.model.dit import WanDiT
 from pusa_fast.model.linear import add_lora
-from pusa_fast.model.vae_memory import Tracker
+from pusa_fast.model.vae.memory import Tracker
 from pusa_fast.training import fafm, flops, metrics
 from pusa_fast.training.config import TrainConfig
 from pusa_fast.training.data import auto_parts
 from pusa_fast.training.memory import save_memory
 from pusa_fast.training.optim import hidden_matrices
-from pusa_fast.training.store import LatentStore
 from pusa_fast.weights import load_dit
 from pusa_fast.weights.pretrained import find_model
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 
 from pusa_fast.config import VAEConfig
+from pusa_fast.data.catalog import FILES, Catalog
+from pusa_fast.data.planning import model_hashes
+from pusa_fast.data.store import LatentStore
 from pusa_fast.media import open_media
 from pusa_fast.model.dit import WanDiT
 from pusa_fast.sampling.task import latent_count
 from pusa_fast.training import metrics
-from pusa_fast.training.catalog import FILES, Catalog
 from pusa_fast.training.config import TrainConfig
 from pusa_fast.training.parallel import World
-from pusa_fast.training.planning import model_hashes
 from pusa_fast.training.saved import Checkpoints
-from pusa_fast.training.store import LatentStore
 from pusa_fast.weights.pretrained import ModelFiles, find_model
 
 _PARTS = {"vae": "VAE", "text": "text encoder or tokenizer"}  # that a store names by hash

@@ -22,18 +22,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pusa_fast.attention import resolve
+from pusa_fast.data.lock import alone
+from pusa_fast.data.store import LatentStore, write_text
+from pusa_fast.device import out_of_memory, resolve_device
 from pusa_fast.model.dit import WanDiT
 from pusa_fast.model.linear import add_lora
-from pusa_fast.pipeline import resolve_device
 from pusa_fast.training import adapters, fafm, flops, metrics, optim
 from pusa_fast.training.config import TrainConfig, dump_config
 from pusa_fast.training.data import Batch, TrainingData, validation_batches
-from pusa_fast.training.lock import alone
-from pusa_fast.training.memory import out_of_memory, save_memory
+from pusa_fast.training.memory import save_memory
 from pusa_fast.training.parallel import World, accumulating, distribute, gathered, joined
 from pusa_fast.training.preflight import check, check_clips, check_encoders
 from pusa_fast.training.saved import Checkpoints
-from pusa_fast.training.store import LatentStore, write_text
 from pusa_fast.training.validation import Previews
 from pusa_fast.weights import checkpoint, keymap, load_dit
 from pusa_fast.weights.files import DIT, fingerprint
@@ -42,8 +42,6 @@ from pusa_fast.weights.pretrained import ModelFiles
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # What to change when memory runs out in a step, and in samples.
-_RELIEF = "raise accumulate, set memory.checkpointing to attention or memory.offload to true, or parallel to fsdp on more processes; train --plan says what it takes"
-_PREVIEW_RELIEF = "make validation.num_frames, validation.width and validation.height smaller, or leave validation.samples out; the steps so far are saved"
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ class Trainer:
         A `stop` that comes between two parts drops the step, which is the same when it is taken again, and returns None. Raises
         OutOfMemoryError that says what helps, FloatingPointError where the loss is no number.
         """
-        with out_of_memory(f"out of memory in train at step {self.step + 1}: {_RELIEF}"):
+        with out_of_memory("train", f"at step {self.step + 1}"):
             return self._step(parts, stop, time.perf_counter() if clock is None else clock)
 
     def _step(self, parts: list[Batch], stop: _Stop | None, start: float) -> dict[str, Any] | None:
@@ -219,7 +217,7 @@ class Trainer:
 
     def validate(self, log: metrics.Metrics | None) -> float | None:
         """Loss on held-out clips, with the averaged weights where there are such. None without held-out clips."""
-        with self._averaged(), out_of_memory(f"out of memory in train at step {self.step}, in validation: {_RELIEF}"):
+        with self._averaged(), out_of_memory("train", f"at step {self.step}, in validation"):
             loss = self._validation_loss()
         if log is not None and loss is not None:
             log.write({"step": self.step, "validation_loss": loss})
@@ -232,7 +230,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)  # as the next step does first
         held = optim.held_bytes(self.optimizers, self.average)
         with (
-            out_of_memory(f"out of memory in validation at step {self.step}: {_PREVIEW_RELIEF}"),
+            out_of_memory("validation", f"at step {self.step}"),
             self._averaged(),
             gathered(self.dit),
         ):

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from pusa_fast import video
 from pusa_fast.config import VAEConfig
+from pusa_fast.data.store import LatentStore
+from pusa_fast.device import default_dtype, usable_memory, weight_bytes
 from pusa_fast.model.dit import WanDiT
-from pusa_fast.model.tiling import Tiling
-from pusa_fast.model.vae_memory import usable_memory, weight_bytes
-from pusa_fast.pipeline import Pipeline, load_text_encoder
+from pusa_fast.model.vae.tiling import Tiling
+from pusa_fast.pipeline import Pipeline
 from pusa_fast.sampling.task import Condition
 from pusa_fast.training.config import TrainConfig
 from pusa_fast.training.parallel import World
-from pusa_fast.training.store import LatentStore
 from pusa_fast.weights import load_vae
-from pusa_fast.weights.pretrained import ModelFiles
+from pusa_fast.weights.pretrained import ModelFiles, load_text_encoder
 
 SAMPLES = "samples"
 
@@ -85,9 +85,7 @@ class Previews:
 
     def _encoded(self) -> dict[str, Tensor]:
         if self._texts is None:
-            encoder = load_text_encoder(
-                self.files, self.world.device, torch.bfloat16 if self.world.device.type == "cuda" else torch.float32
-            )
+            encoder = load_text_encoder(self.files, self.world.device, default_dtype(self.world.device))
             wanted = {
                 self.files.defaults["negative_prompt"],
                 *(sample.prompt for sample in self.config.validation.samples),
@@ -99,6 +97,6 @@ class Previews:
 
     def _decoder(self) -> Any:
         if self._vae is None:
-            kind = torch.bfloat16 if self.world.device.type == "cuda" else torch.float32
+            kind = default_dtype(self.world.device)
             self._vae = load_vae(self.files.vae, device=self.world.device, dtype=kind).eval()
         return self._vae

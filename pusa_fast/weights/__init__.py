@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pusa_fast._lazy import lazy_names
 
 if TYPE_CHECKING:
     from pusa_fast.weights.checkpoint import load_dit as load_dit
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["apply_lora", "load_dit", "load_text_encoder_state", "load_vae", "read_lora"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{'lora' if name.endswith('lora') else 'checkpoint'}"), name)
+_HOME = {
+    **dict.fromkeys(("apply_lora", "read_lora"), "pusa_fast.weights.lora"),
+    **dict.fromkeys(("load_dit", "load_text_encoder_state", "load_vae"), "pusa_fast.weights.checkpoint"),
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pusa_fast.config import MODELS, DiTConfig, VAEConfig
 from pusa_fast.model.dit import WanDiT
 from pusa_fast.model.fp8 import check_precision, quantize
-from pusa_fast.model.vae import WanVAE
+from pusa_fast.model.vae.model import WanVAE
 from pusa_fast.weights import files, keymap
 from pusa_fast.weights.files import Source, StateSource, Stored, listing
 

@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from pusa_fast.model.text import TextEncoder
 
 # Defaults of published Wan models: sizes of the 480p models, the rest those of the reference's command line (spec 2.4, 3.1).
 WAN_DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -141,3 +146,14 @@ def _complete(files: ModelFiles, folder: Path) -> ModelFiles:
                 f"{folder} is incomplete: {part.relative_to(folder)} is missing; download it, or build Pipeline from parts"
             )
     return files
+
+
+def load_text_encoder(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """The model's text encoder, from a transformers directory or one file of weights. Raises as `TextEncoder` does."""
+    from pusa_fast.model.text import TextEncoder
+    from pusa_fast.weights import load_text_encoder_state
+
+    if files.text_encoder.is_dir():
+        return TextEncoder.from_directory(files.text_encoder, files.tokenizer, device, dtype, files.text_len)
+    state = load_text_encoder_state(files.text_encoder)
+    return TextEncoder.from_state(state, files.tokenizer, device, dtype, files.text_len)

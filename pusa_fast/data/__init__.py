@@ -1,0 +1,1 @@
+"""Data sets: videos and captions into prepared clips, and the procedural clips that nano learns from."""
