@@ -104,6 +104,54 @@ class VAEConfig:
         return int(2 ** sum(self.temporal_downsample))
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """How frames, pixels and text of one model become latents and tokens. Its configuration tells, without its weights.
+
+    `spatial_factor`: pixels per latent pixel; `temporal_factor`: frames per latent frame after the first; `patch`: latents
+    per token (frames, rows, columns); `channels` of a latent; `text_dim`, `text_len`: width and most rows of a prompt.
+    """
+
+    spatial_factor: int
+    temporal_factor: int
+    patch: tuple[int, int, int]
+    channels: int
+    text_dim: int
+    text_len: int
+
+    @classmethod
+    def of(cls, dit: DiTConfig, vae: VAEConfig, text_len: int = 512) -> Geometry:
+        """Of a transformer with a VAE. Raises ValueError where their latents differ in channels."""
+        channels = (dit.in_channels, dit.out_channels, vae.z_dim)
+        if len(set(channels)) > 1:
+            raise ValueError(
+                f"the transformer maps {channels[0]} to {channels[1]} channels, the VAE's latents have {channels[2]}: "
+                "all three must agree"
+            )
+        return cls(vae.spatial_factor, vae.temporal_factor, dit.patch_size, vae.z_dim, dit.text_dim, text_len)
+
+    @property
+    def multiples(self) -> tuple[int, int]:
+        """(height, width): the pixels of one token, of which every height and width is a multiple."""
+        return self.spatial_factor * self.patch[1], self.spatial_factor * self.patch[2]
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a clip. Raises ValueError naming the nearest lengths where no clip has this one."""
+        whole, rest = divmod(num_frames - 1, self.temporal_factor)
+        if rest or num_frames < 1:
+            below, above = whole * self.temporal_factor + 1, (whole + 1) * self.temporal_factor + 1
+            nearest = f"{below} or {above}" if num_frames > 0 else "1"
+            raise ValueError(
+                f"num_frames={num_frames} is not {self.temporal_factor}n+1 (the VAE's chunks): use {nearest}"
+            )
+        return whole + 1
+
+    def clip(self, latents: tuple[int, ...]) -> tuple[int, int, int]:
+        """(frames, height, width) in pixels of a clip whose latents are [..., F, h, w]."""
+        F, h, w = latents[-3:]
+        return 1 + self.temporal_factor * (F - 1), self.spatial_factor * h, self.spatial_factor * w
+
+
 _WAN_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 # Published variants by name. An exact match of tensor names and shapes with one of these configures a bare checkpoint.

@@ -119,6 +119,13 @@ def load_text_encoder_state(
     return state
 
 
+def read_config(family: Family[C], where: StateSource) -> C:
+    """The configuration that `load_dit` and `load_vae` would use, from the headers of the files alone. Raises as they do."""
+    found = files.open_source(where, family.places)
+    _refuse_other_kinds(family, found)
+    return _resolve_config(family, found, _by_official_name(family, found))
+
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -134,12 +141,16 @@ def _load(
     _refuse_other_kinds(family, found)
     _refuse_quantised(found, dtype)
     stored = _by_official_name(family, found)
-    resolved = config or _config_of(family, found) or _published(family, stored, found.label)
+    resolved = config or _resolve_config(family, found, stored)
     with torch.device("meta"):
         module = family.build(resolved)
     assert isinstance(module, model)
     _fill(module, stored, found, device, dtype)
     return module.eval()
+
+
+def _resolve_config(family: Family[C], found: Source, stored: dict[str, Stored]) -> C:
+    return _config_of(family, found) or _published(family, stored, found.label)
 
 
 def _by_official_name(family: Family[C], found: Source) -> dict[str, Stored]:

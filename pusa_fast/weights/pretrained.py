@@ -14,6 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from pusa_fast.config import Geometry
+
 if TYPE_CHECKING:
     import torch
 
@@ -146,6 +148,18 @@ def _complete(files: ModelFiles, folder: Path) -> ModelFiles:
                 f"{folder} is incomplete: {part.relative_to(folder)} is missing; download it, or build Pipeline from parts"
             )
     return files
+
+
+def model_geometry(files: ModelFiles) -> Geometry:
+    """Factors, patch and channels of a model, from the headers of its files. No weights are read.
+
+    Raises what `load_dit` and `load_vae` do for a file that they cannot load or whose configuration is unknown, and
+    ValueError for a transformer and a VAE that do not fit.
+    """
+    from pusa_fast.weights import checkpoint
+
+    dit, vae = checkpoint.read_config(checkpoint.DIT, files.dit), checkpoint.read_config(checkpoint.VAE, files.vae)
+    return Geometry.of(dit, vae, files.text_len)
 
 
 def load_text_encoder(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> TextEncoder:
