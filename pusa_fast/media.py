@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pusa_fast.sampling.task import MediaFile
 
 # Every other path is opened as a clip.
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".mpo", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -30,6 +33,8 @@ def open_media(media: object) -> Medium:
     """
     if isinstance(media, (str, os.PathLike)):
         return _open_path(Path(media))
+    if isinstance(media, MediaFile):
+        return _open_file(media)
     if _is_pil(media):
         return _picture(_pil(media))
     if isinstance(media, Sequence):
@@ -50,6 +55,21 @@ def _open_path(path: Path) -> Medium:
     if path.suffix.lower() == ".gif" and frames == 1:
         return _picture(video.read_image(path))
     return Medium(frames, lambda count: video.read_video(path, max_frames=count))
+
+
+def _open_file(file: MediaFile) -> Medium:
+    """A clip is decoded to its end here, so that damage is found before a model runs; frames are kept once they are read."""
+    from pusa_fast import video
+
+    if file.picture:
+        return _picture(video.read_image(file.path))
+    frames, last = video.measure(file.path, file.fps).frames, file.last_frames
+
+    @functools.cache
+    def read(count: int) -> Tensor:
+        return video.read_video(file.path, file.fps, None if last else count, last_frames=last)[:count]
+
+    return Medium(frames if last is None else min(frames, last), read)
 
 
 def _open_sequence(pictures: Sequence[Any]) -> Medium:

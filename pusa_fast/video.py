@@ -34,6 +34,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from pusa_fast.errors import ArgumentError
+
 Array = NDArray[np.uint8]
 PathLike = str | os.PathLike[str]
 
@@ -239,7 +241,7 @@ def _resample(timed: Iterator[tuple[Fraction, Fraction, av.VideoFrame]], fps: Fr
 def rate_of(fps: float) -> Fraction:
     """`fps` as a fraction; ValueError unless it is from 0.001 to 1000."""
     if not 0.001 <= fps <= 1000:  # NaN fails too
-        raise ValueError(f"fps={fps} must be at least 0.001 and at most 1000")
+        raise ArgumentError("fps", f"={fps} must be at least 0.001 and at most 1000")
     return Fraction(fps).limit_denominator(10_000)
 
 

@@ -132,6 +132,7 @@ def make(
             [Condition(truth[frame], latent, noise) for frame, latent, noise in given],
             defaults["num_frames"],
             lambda _: None,
+            config.temporal_factor,
         )
         clean = conditioning.encode_conditions(
             plan, pipe.vae, lambda i, plan=plan: conditioning.to_video(plan.media[i][None], pipe.device)

@@ -7,27 +7,84 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import pusa_fast
+from pusa_fast.commands.parser import command
+from pusa_fast.errors import ArgumentError
+from pusa_fast.options import Option, declared
 
 app = typer.Typer(help="Measure: ops, attention, the transformer, the VAE, whole runs. Works in a checkout only.")
 
-Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="Where (default: a GPU where there is one).")]
-Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes, warm caches: shows that it runs, not how fast.")]
-Out = Annotated[str | None, typer.Option(metavar="FILE", help="Write the result there too, step by step.")]
-Seconds = Annotated[float | None, typer.Option(min=1, help="Start nothing new after that many seconds.")]
-Shapes = Annotated[
-    list[str] | None, typer.Option("--shape", help="14b-480p, 14b-720p, 1.3b-480p, 1.3b-2k, tiny. Repeatable.")
+Video = Annotated[
+    str | None, Option("On a GPU: 81 frames of 832x480 or 1280x720 (default both; train: 480p).", "480p|720p")
 ]
-Dtypes = Annotated[
-    list[str] | None,
-    typer.Option("--dtype", metavar="fp32|bf16", help="Repeatable (default: both on a CPU, bf16 on a GPU)."),
-]
-Providers = Annotated[list[str] | None, typer.Option("--provider", help="Who computes it (default all). Repeatable.")]
+Names = list[str] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    device: Annotated[str | None, Option("Where (default: a GPU where there is one).", "cpu|cuda")] = None
+    quick: Annotated[bool, Option("Tiny sizes, warm caches: shows that it runs, not how fast.")] = False
+    out: Annotated[str | None, Option("Also write the result there, step by step.", "FILE")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed(Common):
+    seconds: Annotated[float | None, Option("Start nothing new after that many seconds.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Typed(Timed):
+    dtype: Annotated[
+        Names, Option("Repeatable (default: both on a CPU, bf16 on a GPU).", "fp32|bf16", key="dtypes")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shaped(Typed):
+    shape: Annotated[Names, Option("14b-480p, 14b-720p, 1.3b-480p, 1.3b-2k, tiny. Repeatable.", key="shapes")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provided(Shaped):
+    provider: Annotated[Names, Option("Who computes it (default all). Repeatable.", key="providers")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ops(Provided):
+    op: Annotated[Names, Option("Default all. Repeatable.", key="ops")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sized(Typed):
+    size: Video = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Timed):
+    size: Video = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEnd(Timed):
+    model: Annotated[str | None, Option("nano, a model's folder, or with --random-weights a size.", "NAME|DIR")] = None
+    random_weights: Annotated[bool, Option("A model of that size, made up: times, no pictures.")] = False
+    size: Annotated[str | None, Option("81 frames of 832x480 or 1280x720 (default 480p).", "480p|720p")] = None
+    steps: Annotated[int | None, Option("Denoising steps (default 4).")] = None
+    precision: Annotated[str | None, Option("Of the transformer's matmuls.", "fp8")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Ops):
+    before: Annotated[str, Option("A result file, or a git ref.", argument=True)]
+    after: Annotated[str, Option('Likewise. "." is the working tree.', argument=True)]
+    kind: Annotated[str, Option("What to measure, for git refs.")] = "ops"
+    rounds: Annotated[int, Option("Runs of each, alternating, for git refs.")] = 2
 
 
 @app.callback(invoke_without_command=True)
@@ -36,142 +93,66 @@ def _root(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-@app.command()
-def ops(
-    op: Annotated[list[str] | None, typer.Option("--op", help="Default all. Repeatable.")] = None,
-    shape: Shapes = None,
-    dtype: Dtypes = None,
-    provider: Providers = None,
-    device: Device = None,
-    quick: Quick = False,
-    seconds: Seconds = None,
-    out: Out = None,
-) -> None:
-    """Each op: time, GB/s, per cent of the copy bandwidth of the same run; beside plain torch, torch.compile, others' formulations."""
-    _run(
-        "ops",
-        device,
-        quick,
-        seconds,
-        out,
-        ops=_names(op),
-        shapes=_names(shape),
-        dtypes=_names(dtype),
-        providers=_names(provider),
-    )
+# Command -> its options and its help.
+_KINDS: dict[str, tuple[type[Common], str]] = {
+    "ops": (
+        Ops,
+        "Each op: time, GB/s, per cent of the copy bandwidth of the same run; next to plain torch, torch.compile and "
+        "others' formulations.",
+    ),
+    "attention": (Provided, "Every attention backend that can be used here, forward and backward."),
+    "dit": (
+        Shaped,
+        "A forward of the transformer next to diffusers' on the same weights, and to its bare matmuls and attention.",
+    ),
+    "vae": (
+        Sized,
+        "Encode and decode next to diffusers' VAE on the same weights and to the bare convolutions; tilings and chunk "
+        "sizes.",
+    ),
+    "e2e": (EndToEnd, "Whole runs with their stages, and forwards next to the roofline."),
+    "train": (
+        Train,
+        "A step of LoRA training: on the CPU nano next to the reference's formulation, on a GPU the 14B model at rank 512.",
+    ),
+    "numerics": (Common, "What bf16 and fp8 cost in accuracy against float32, on nano."),
+}
 
 
-@app.command()
-def attention(
-    shape: Shapes = None,
-    dtype: Dtypes = None,
-    provider: Providers = None,
-    device: Device = None,
-    quick: Quick = False,
-    seconds: Seconds = None,
-    out: Out = None,
-) -> None:
-    """Every attention backend that can be used here, forward and backward."""
-    _run(
-        "attention", device, quick, seconds, out, shapes=_names(shape), dtypes=_names(dtype), providers=_names(provider)
-    )
+def _add(kind: str, options: type[Common], text: str) -> None:
+    def run(given: Common) -> None:
+        harness = load("harness")
+        with harness.quiet_stdout():
+            result = harness.execute(kind, _harness_options(given))
+        harness.print_json(result)
+
+    run.__name__, run.__doc__ = kind, text
+    command(app, options)(run)
 
 
-@app.command()
-def dit(
-    shape: Shapes = None,
-    dtype: Dtypes = None,
-    device: Device = None,
-    quick: Quick = False,
-    seconds: Seconds = None,
-    out: Out = None,
-) -> None:
-    """A forward of the transformer beside diffusers' on the same weights, and beside its bare products and attention."""
-    _run("dit", device, quick, seconds, out, shapes=_names(shape), dtypes=_names(dtype))
+def _harness_options(given: Common, *without: str) -> Any:
+    kind: type = type(given)
+    values = {o.key: getattr(given, o.name) for o in declared(kind).values() if o.name not in without}
+    if (seconds := values.get("seconds")) is not None and not seconds >= 1:
+        raise ArgumentError("seconds", f" must be at least 1, got {seconds:g}")
+    lists = {"ops", "shapes", "dtypes", "providers"}
+    filled = {key: tuple(value or ()) if key in lists else value for key, value in values.items()}
+    return load("harness").Options(**filled)
 
 
-@app.command()
-def vae(
-    size: Annotated[
-        str | None, typer.Option(metavar="480p|720p", help="On a GPU: 81 frames of 832x480 or 1280x720 (default both).")
-    ] = None,
-    dtype: Dtypes = None,
-    device: Device = None,
-    quick: Quick = False,
-    seconds: Seconds = None,
-    out: Out = None,
-) -> None:
-    """Encode and decode beside diffusers' VAE on the same weights and beside the bare convolutions; tilings and chunk sizes."""
-    _run("vae", device, quick, seconds, out, size=size, dtypes=_names(dtype))
+for _kind, (_options, _text) in _KINDS.items():
+    _add(_kind, _options, _text)
 
 
-@app.command()
-def e2e(
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME|DIR", help="nano, a model's folder, or with --random-weights a size.")
-    ] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="A model of that size, made up: times, no pictures.")
-    ] = False,
-    size: Annotated[
-        str | None, typer.Option(metavar="480p|720p", help="81 frames of 832x480 or 1280x720 (default 480p).")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps (default 4).")] = None,
-    precision: Annotated[str | None, typer.Option(metavar="fp8", help="Of the transformer's products.")] = None,
-    device: Device = None,
-    quick: Quick = False,
-    seconds: Seconds = None,
-    out: Out = None,
-) -> None:
-    """Whole runs with their stages, and forwards beside the roofline."""
-    _run(
-        "e2e", device, quick, seconds, out, model=model, random_weights=random_weights, size=size, steps=steps, precision=precision
-    )  # fmt: skip
-
-
-@app.command()
-def train(
-    size: Annotated[
-        str | None, typer.Option(metavar="480p|720p", help="On a GPU: 81 frames of 832x480 or 1280x720 (default 480p).")
-    ] = None,
-    device: Device = None,
-    quick: Quick = False,
-    seconds: Seconds = None,
-    out: Out = None,
-) -> None:
-    """A step of LoRA training: on the CPU nano beside the reference's formulation, on a GPU the 14B model at rank 512."""
-    _run("train", device, quick, seconds, out, size=size)
-
-
-@app.command()
-def numerics(device: Device = None, quick: Quick = False, out: Out = None) -> None:
-    """What bf16 and fp8 cost in accuracy against float32, on nano."""
-    _run("numerics", device, quick, None, out)
-
-
-@app.command()
-def compare(
-    before: Annotated[str, typer.Argument(help="A result file, or a git ref.")],
-    after: Annotated[str, typer.Argument(help='Likewise. "." is the working tree.')],
-    kind: Annotated[str, typer.Option(help="What to measure, for git refs.")] = "ops",
-    rounds: Annotated[int, typer.Option(help="Runs of each, turn and turn about, for git refs.")] = 2,
-    op: Annotated[list[str] | None, typer.Option("--op", help="Repeatable.")] = None,
-    shape: Shapes = None,
-    dtype: Dtypes = None,
-    provider: Providers = None,
-    device: Device = None,
-    quick: Quick = False,
-    out: Out = None,
-) -> None:
+@command(app, Compare)
+def compare(given: Compare) -> None:
     """Two results, or two versions measured now: ratios with a noise band."""
     harness = load("harness")
-    options = harness.Options(
-        device, quick, None, None, _names(shape), _names(dtype), _names(op), _names(provider)
-    )  # fmt: skip
+    options = _harness_options(given, "before", "after", "kind", "rounds", "out")
     with harness.quiet_stdout():
-        result = load("compare").run(before, after, kind, options, rounds)
-    if out is not None:
-        harness.write_json(out, result)
+        result = load("compare").run(given.before, given.after, given.kind, options, given.rounds)
+    if given.out is not None:
+        harness.write_json(given.out, result)
     harness.print_json(result)
 
 
@@ -184,17 +165,6 @@ def report(
     result = load("report").run(check)
     if check and result["changed"]:
         raise ValueError(f"out of date: {', '.join(result['changed'])}: run pusa-fast bench report")
-    harness.print_json(result)
-
-
-def _names(given: list[str] | None) -> tuple[str, ...]:
-    return tuple(given or ())
-
-
-def _run(kind: str, device: str | None, quick: bool, seconds: float | None, out: str | None, **more: Any) -> None:
-    harness = load("harness")
-    with harness.quiet_stdout():
-        result = harness.execute(kind, harness.Options(device=device, quick=quick, seconds=seconds, out=out, **more))
     harness.print_json(result)
 
 

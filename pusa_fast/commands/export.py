@@ -9,6 +9,8 @@ import torch
 import typer
 from torch import Tensor
 
+from pusa_fast.device import DTYPES
+from pusa_fast.options import ExportOptions
 from pusa_fast.training import adapters
 from pusa_fast.training.config import load_config
 from pusa_fast.training.parallel import World
@@ -16,15 +18,14 @@ from pusa_fast.training.saved import Checkpoints
 from pusa_fast.weights import checkpoint, keymap, load_dit
 from pusa_fast.weights.pretrained import find_model
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-def run(source: str, out: str, style: str | None, dtype: str, step: str | None, overwrite: bool) -> None:
+def run(options: ExportOptions) -> None:
     """Raises ValueError and OSError for what cannot be read, converted or written."""
-    target, kind = Path(out), _DTYPES[dtype]
+    source, out, style, step = options.source, options.out, options.style, options.step
+    target, kind = Path(out), DTYPES[options.dtype or "bfloat16"]
     if target.suffix != ".safetensors":
         raise ValueError(f"--out {out}: weights are written as .safetensors: name it so")
-    if target.exists() and not overwrite:
+    if target.exists() and not options.overwrite:
         raise FileExistsError(f"{out} exists: give --overwrite to replace it, or another --out")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: the folder {target.parent} does not exist: create it first")

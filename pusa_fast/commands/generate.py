@@ -6,22 +6,20 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from pusa_fast import video
 from pusa_fast.commands import record
-from pusa_fast.commands.job import DTYPES, TILINGS, Job, Options, Target, prepare
-from pusa_fast.commands.plan import Inputs
-from pusa_fast.sampling.task import Condition
+from pusa_fast.commands.job import Job, Target, lora_files, prepare
+from pusa_fast.commands.progress import bars
+from pusa_fast.device import DTYPES
+from pusa_fast.options import GenerateOptions
 
 if TYPE_CHECKING:
     from pusa_fast.pipeline import Pipeline
@@ -29,25 +27,26 @@ if TYPE_CHECKING:
 SHEET_FRAMES = 64  # kept of a written file for its contact sheet
 
 
-def run(options: Options, inputs: Inputs) -> None:
+def run(options: GenerateOptions) -> None:
     """Make the clips. Raises ValueError, OSError or torch.OutOfMemoryError; what was finished by then stays."""
-    job = prepare(options, inputs)
+    job = prepare(options)
     typer.echo(_summary(job))
-    conditions = job.media.read(job.resolved, job.fps)
+    for medium, needed in zip(job.request.media, job.request.plan.frames_needed, strict=True):
+        medium.read(needed)  # and kept: what is wrong with a file is known before the model is loaded
     start = time.perf_counter()
     pipe = _load(job)
-    hashes = record.Hashes([*record.model_files(job.files), *map(Path, job.lora or ())])
+    hashes = record.Hashes([*record.model_files(job.files), *map(Path, lora_files(job.lora))])
     seconds = {"load": time.perf_counter() - start}
     for target in job.targets:
-        _make(job, pipe, target, conditions, hashes, seconds)
+        _make(job, pipe, target, hashes, seconds)
         seconds = {}
 
 
 def _summary(job: Job) -> str:
-    chosen, seeds = job.settings, ", ".join(str(target.seed) for target in job.targets)
+    chosen, seeds = job.request.settings, ", ".join(str(target.seed) for target in job.targets)
     return (
-        f"{job.resolved.task}: {chosen.num_frames} frames of {chosen.width}x{chosen.height} at {job.fps:g} per second, "
-        f"{job.files.name}, {chosen.steps} steps, guidance {chosen.guidance_scale:g}, seed {seeds}"
+        f"{job.request.plan.task}: {chosen.num_frames} frames of {chosen.width}x{chosen.height} at {job.fps:g} per "
+        f"second, {job.files.name}, {chosen.steps} steps, guidance {chosen.guidance_scale:g}, seed {seeds}"
     )
 
 
@@ -55,37 +54,28 @@ def _load(job: Job) -> Pipeline:
     from pusa_fast.pipeline import Pipeline  # here, not above: bad input is answered without it
 
     dtype = None if job.dtype is None else DTYPES[job.dtype]
-    lora: dict[str | os.PathLike[str], float] | None = None if job.lora is None else dict(job.lora.items())
     return Pipeline.from_pretrained(
-        job.model, lora=lora, device=job.device, dtype=dtype, precision=job.precision, attention=job.attention
+        job.model, lora=job.lora, device=job.device, dtype=dtype, precision=job.precision, attention=job.attention
     )
 
 
-def _make(
-    job: Job,
-    pipe: Pipeline,
-    target: Target,
-    conditions: list[Condition],
-    hashes: record.Hashes,
-    seconds: dict[str, float],
-) -> None:
-    chosen = job.settings
-    with _progress(chosen.steps, f"seed {target.seed}") as callback:
-        frames = pipe(
-            job.prompt, negative_prompt=job.negative_prompt, conditions=conditions, num_frames=chosen.num_frames,
-            height=chosen.height, width=chosen.width, steps=chosen.steps, guidance_scale=chosen.guidance_scale, shift=chosen.shift,
-            seed=target.seed, compat=chosen.compat, fit=chosen.fit, tiling=TILINGS[job.tiling], callback=callback,
-        )  # fmt: skip
-    seconds = {**seconds, **pipe.last_run["seconds"]}
+def _make(job: Job, pipe: Pipeline, target: Target, hashes: record.Hashes, seconds: dict[str, float]) -> None:
+    request = job.request.with_seed(target.seed)
+    label = f"seed {target.seed}"
+    with bars() as update:
+        update(label, 0, request.settings.steps)
+        done = pipe.run(request, lambda step, steps, _: update(label, step, steps))
+    assert done.frames is not None
+    seconds = {**seconds, **done.record["seconds"]}
     found = hashes.result()
     start = time.perf_counter()
-    thinned = Thinned(job.media.assemble(frames, job.fps, chosen.fit))
+    thinned = Thinned(job.media.assemble(done.frames, job.fps, request.settings.fit))
     # All three are complete before the first is renamed, and the record, which speaks of the others, comes last.
     with video.staged(target.record) as note, video.staged(target.sheet) as sheet, video.staged(target.clip) as clip:
         video.encode_video(clip, target.clip, thinned, job.fps)
         video.contact_sheet(thinned.kept()).save(sheet, format="PNG")
         seconds["write"] = time.perf_counter() - start
-        made = _record(job, pipe, target, found, thinned.hash(), seconds)
+        made = _record(job, pipe, done.record, target, found, thinned.hash(), seconds)
         note.write_text(record.text(made), encoding="utf-8")
     typer.echo(f"wrote {', '.join(map(os.path.relpath, (target.clip, target.sheet, target.record)))}")
     used = {**made["hashes"]["model"], **made["hashes"]["lora"]}
@@ -125,57 +115,45 @@ class Thinned:
         return torch.stack(self._kept if ends_on_last else [*self._kept, self._last])
 
 
-@contextmanager
-def _progress(steps: int, label: str) -> Iterator[Any]:
-    """A callback for the pipeline that moves a bar on stderr; no bar where stderr is no terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task(label, total=steps)
-        yield lambda done, _steps, _latents: progress.update(bar, completed=done)
-
-
 def _record(
-    job: Job, pipe: Pipeline, target: Target, hashes: dict[str, str], frames: str, seconds: dict[str, float]
+    job: Job,
+    pipe: Pipeline,
+    run: dict[str, Any],
+    target: Target,
+    hashes: dict[str, str],
+    frames: str,
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """Every setting under the name by which `prepare` reads it again, then what else is known of the run."""
-    settings = {
-        field.name: getattr(job.settings, field.name) for field in fields(job.settings) if field.name != "output"
-    }
-    run = pipe.last_run
+    """Every setting under the key by which `prepare` reads it again, then what else is known of the run."""
+    settings = asdict(job.request.settings)
+    del settings["output"]
     return {
-        "task": job.resolved.task,
-        "prompt": job.prompt,
-        "negative_prompt": job.negative_prompt,
+        "task": run["task"],
+        "prompt": job.request.request.prompt,
+        "negative_prompt": job.request.request.negative_prompt,
         **settings,
         "seed": target.seed,
         "fps": job.fps,
         "tiling": job.tiling,
-        "tiles": None if run.get("tiling") is None else list(run["tiling"].tile),  # null: the decoder ran whole
-        "encode_tiles": None if run.get("encode_tiling") is None else list(run["encode_tiling"].tile),
-        "overcompute": run.get("overcompute"),
+        "tiles": None if run["tiling"] is None else list(run["tiling"].tile),  # null: the decoder ran whole
+        "encode_tiles": None if run["encode_tiling"] is None else list(run["encode_tiling"].tile),
+        "overcompute": run["overcompute"],
         "model": job.model,
         "lora": job.lora,  # null: the model's own
         "attention": job.attention,
         "device": str(pipe.device),
-        "dtype": str(getattr(pipe.dit, "dtype", None)).removeprefix("torch."),
+        "dtype": str(pipe.dit.dtype).removeprefix("torch."),
         "precision": job.precision,  # null: as its dtype says
         **job.media.to_json(),
         "out": target.clip,
-        "guidance_mode": run.get("guidance_mode"),
-        "tokens": run.get("tokens"),
+        "guidance_mode": run["guidance_mode"],
+        "tokens": run["tokens"],
         "seconds": {stage: round(spent, 4) for stage, spent in seconds.items()},
         "versions": record.versions(),
         "commit": record.commit(),
         "hashes": {
             "model": record.named_hashes(job.files, hashes),
-            "lora": {path: hashes[path] for path in job.lora or ()},
+            "lora": {path: hashes[path] for path in lora_files(job.lora)},
             "frames": frames,
         },
     }

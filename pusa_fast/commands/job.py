@@ -6,55 +6,23 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import Any, get_args
 
 from pusa_fast import attention, video
 from pusa_fast.commands import record
-from pusa_fast.commands.plan import Inputs, MediaPlan, plan_media
-from pusa_fast.config import VAEConfig
-from pusa_fast.model.vae.tiling import Tiling
+from pusa_fast.device import DTYPES
+from pusa_fast.media_plan import MediaPlan, given_inputs, plan_media
+from pusa_fast.model.vae.tiling import TILINGS
+from pusa_fast.options import GenerateOptions, declared
+from pusa_fast.request import CheckedRequest, Request
 from pusa_fast.sampling import task
-from pusa_fast.weights.pretrained import ModelFiles, find_model
+from pusa_fast.weights.pretrained import ModelFiles, find_model, model_geometry
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PRECISIONS = ("fp8",)
-TILINGS: Mapping[str, Tiling | str | None] = {
-    "whole": None,
-    "auto": "auto",
-    "exact": Tiling(mode="exact"),
-    "feather": Tiling(),
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options that give no frames, as typed; None where not given."""
-
-    prompt: str | None = None
-    model: str | None = None
-    lora: list[str] | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    shift: float | None = None
-    seed: list[str] | None = None
-    frames: int | None = None
-    size: str | None = None
-    fps: float | None = None
-    negative: str | None = None
-    compat: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    precision: str | None = None
-    attention: str | None = None
-    fit: str | None = None
-    tiling: str | None = None
-    out: str | None = None
-    overwrite: bool = False
-    from_: str | None = None
+# Where a dictionary says the choices of an option of a record; the command line knows them from the options' types.
+_CHOICES: Mapping[str, Collection[str]] = {
+    "tiling": TILINGS, "dtype": DTYPES, "precision": get_args(declared(GenerateOptions)["precision"].kind),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,14 +37,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything about a call that is known before the model is loaded. Fields as in clip.json."""
+    """Everything about a call that is known before the model is loaded. `request` has the first seed. Fields as in clip.json."""
 
-    prompt: str
-    negative_prompt: str
+    request: CheckedRequest
     model: str
     files: ModelFiles
-    lora: Mapping[str, float] | None
-    settings: task.Settings
+    lora: Mapping[str, Any] | None
     fps: float
     tiling: str
     attention: str
@@ -84,147 +50,144 @@ class Job:
     dtype: str | None
     precision: str | None
     media: MediaPlan
-    resolved: task.Plan
     targets: tuple[Target, ...]
     expected: Mapping[str, str]  # hashes of the model's files and LoRAs in the record of --from
 
 
-def prepare(options: Options, inputs: Inputs) -> Job:
+def prepare(options: GenerateOptions) -> Job:
     """Check the options against each other, the record of --from, the model's defaults and the files. No weights are read."""
     known = {} if options.from_ is None else record.read(options.from_)
-    prompt = _first(options.prompt, known.get("prompt"))
-    if not isinstance(prompt, str):
+
+    def chosen(name: str, default: Any = None) -> Any:
+        """The option as given, else as recorded, else the default."""
+        values = getattr(options, name), known.get(declared(GenerateOptions)[name].key), default
+        value = next((value for value in values if value is not None), None)
+        if value is not None and name in _CHOICES and value not in _CHOICES[name]:
+            raise ValueError(f"--{name} {value} is unknown: choose one of {', '.join(_CHOICES[name])}")
+        return value
+
+    if not isinstance(chosen("prompt"), str):
         raise ValueError(
             'nothing says what to make: give a prompt, such as pusa-fast generate "a red circle moves right"'
         )
-    model = str(_first(options.model, known.get("model"), "nano"))
+    model = str(chosen("model", "nano"))
     files = find_model(model)
-    width, height = (None, None) if options.size is None else parse_size(options.size)
+    width, height = (known.get("width"), known.get("height")) if options.size is None else parse_size(options.size)
     seeds = [known.get("seed", 0)] if options.seed is None else parse_seeds(options.seed)
-    given = {
-        "num_frames": options.frames, "height": height, "width": width, "steps": options.steps, "guidance_scale": options.guidance,
-        "shift": options.shift, "compat": options.compat, "fit": options.fit,
+    settings = {
+        "num_frames": chosen("frames"), "height": height, "width": width, "steps": chosen("steps"),
+        "guidance_scale": chosen("guidance"), "shift": chosen("shift"), "compat": chosen("compat", "reference"),
+        "fit": chosen("fit", "crop"),
     }  # fmt: skip
-    asked = {name: _first(value, known.get(name)) for name, value in given.items()}
-    multiple = (
-        2 * VAEConfig().spatial_factor
-    )  # of the VAE and the transformer's patches; the loaded model is asked again
-    with as_typed():
-        settings, *_ = (task.settings({**asked, "seed": seed}, files.defaults, (multiple, multiple)) for seed in seeds)
-    fps = _first(options.fps, known.get("fps"), files.defaults["fps"])
-    with as_typed():
-        video.rate_of(fps)
-    media = MediaPlan.from_json(known) if not inputs.given() else plan_media(inputs, settings.num_frames)
-    with as_typed():
-        resolved = media.resolve(settings.num_frames)
-    backend = str(_first(options.attention, known.get("attention"), "auto"))
-    attention.resolve(backend, _first(options.device, known.get("device")))
-    lora = known.get("lora") if options.lora is None else parse_loras(options.lora)
-    out = str(_first(options.out, known.get("out"), "clip.mp4"))
+    geometry = model_geometry(files)
+    for seed in seeds:
+        resolved = task.settings(
+            {**settings, "seed": seed}, files.defaults, geometry.multiples, geometry.temporal_factor
+        )
+    fps = chosen("fps", files.defaults["fps"])
+    video.rate_of(fps)
+    if given_inputs(options):
+        media = plan_media(options, resolved.num_frames, fps, geometry.temporal_factor)
+    else:
+        media = MediaPlan.from_json(known, fps)
+    backend = str(chosen("attention", "auto"))
+    attention.resolve(backend, chosen("device"))
+    lora = _existing(known.get("lora") if options.lora is None else parse_loras(options.lora))
+    targets = tuple(_targets(str(chosen("out", "clip.mp4")), seeds, fps, options.overwrite, media))
+    request = Request(
+        prompt=chosen("prompt"), negative_prompt=chosen("negative", files.defaults["negative_prompt"]),
+        conditions=media.conditions, tiling=chosen("tiling", "whole"), seed=seeds[0], **settings,
+    )  # fmt: skip
     return Job(
-        prompt=prompt,
-        negative_prompt=str(_first(options.negative, known.get("negative_prompt"), files.defaults["negative_prompt"])),
+        request=request.check(geometry, files.defaults),
         model=model if model == "nano" else os.path.abspath(model),
         files=files,
-        lora=_existing(lora),
-        settings=settings,
+        lora=lora,
         fps=fps,
-        tiling=_choice("tiling", _first(options.tiling, known.get("tiling"), "whole"), TILINGS),
+        tiling=chosen("tiling", "whole"),
         attention=backend,
-        device=_first(options.device, known.get("device")),
-        dtype=_choice("dtype", _first(options.dtype, known.get("dtype")), DTYPES),
-        precision=_choice("precision", _first(options.precision, known.get("precision")), PRECISIONS),
+        device=chosen("device"),
+        dtype=chosen("dtype"),
+        precision=chosen("precision"),
         media=media,
-        resolved=resolved,
-        targets=tuple(_targets(out, seeds, fps, options.overwrite, media)),
+        targets=targets,
         expected=_expected(known, options),
     )
 
 
-# What the library says -> what was typed.
-_TYPED = {
-    r"conditions\[\d+\] \((.+?)\)(?=: | and conditions\[| both )": r"\1",
-    r"\bnum_frames\b": "--frames",
-    r"\bguidance_scale\b": "--guidance",
-    r"^(steps|shift|seed|fps)\b": r"--\1",
-    r"^(width|height)\b": r"--size: \1",
-}
-
-
-@contextmanager
-def as_typed() -> Iterator[None]:
-    """Errors of the library in the words of the command line."""
-    try:
-        yield
-    except ValueError as error:
-        message = str(error)
-        for pattern, typed in _TYPED.items():
-            message = re.sub(pattern, typed, message)
-        raise ValueError(message) from None
-
-
-def _expected(known: Mapping[str, Any], options: Options) -> dict[str, str]:
+def _expected(known: Mapping[str, Any], options: GenerateOptions) -> dict[str, str]:
     """Hashes that the record of --from gives for files that this call reads again."""
     hashes = known.get("hashes", {})
     model = hashes.get("model", {}) if options.model is None else {}
     return {**model, **(hashes.get("lora", {}) if options.lora is None else {})}
 
 
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
-
-
-def _choice(name: str, value: Any, table: Collection[str]) -> Any:
-    if value is not None and value not in table:
-        raise ValueError(f"--{name} {value} is unknown: choose one of {', '.join(table)}")
-    return value
-
-
 def parse_size(text: str) -> tuple[int, int]:
     """ "832x480" -> (832, 480): width, then height."""
     found = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})", text.strip())
     if found is None:
-        raise ValueError(f"--size {text} is no size: write WIDTHxHEIGHT, such as 832x480")
+        raise ValueError(f"--size {text} is not a size: write WIDTHxHEIGHT, such as 832x480")
     return int(found[1]), int(found[2])
 
 
 def parse_seeds(texts: list[str]) -> list[int]:
-    """Seeds from options that may each hold several, separated by commas. Raises ValueError for one that is repeated or no number."""
+    """Seeds from options that may each hold several, separated by commas. Raises ValueError for one that is repeated or not a number."""
     items = [item.strip() for text in texts for item in text.split(",")]
     if wrong := [item for item in items if not re.fullmatch(r"\d{1,19}", item)]:
-        raise ValueError(f"--seed {wrong[0]} is no seed: give whole numbers from 0, such as --seed 1,2,3")
+        raise ValueError(f"--seed {wrong[0]} is not a seed: give whole numbers from 0, such as --seed 1,2,3")
     seeds = [int(item) for item in items]
     if repeated := [seed for seed in seeds if seeds.count(seed) > 1]:
         raise ValueError(f"--seed {repeated[0]} is given twice: it would make the same clip")
     return seeds
 
 
-def parse_loras(texts: list[str]) -> dict[str, float]:
-    """PATH or PATH:STRENGTH each, "none" for no LoRA at all; only a number after the last colon is a strength."""
+def parse_loras(texts: list[str]) -> dict[str, Any]:
+    """{path: strength} of PATH or PATH:STRENGTH each; {"high": {path: strength}, ...} of those behind high=, low= or both=.
+
+    "none" stands for no LoRA at all. Only a number after the last colon is a strength.
+    """
     if "none" in texts:
         if len(texts) > 1:
             raise ValueError(f"--lora none goes with no other --lora: got {', '.join(texts)}")
         return {}
-    found: dict[str, float] = {}
-    for text in texts:
+    found: dict[str, dict[str, float]] = {}
+    for typed in texts:
+        expert, text = re.fullmatch(r"(?:(high|low|both)=)?(.*)", typed, re.DOTALL).groups()  # type: ignore[union-attr]
         path, _, strength = text.rpartition(":")
         if not path or not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|nan|[+-]?inf", strength):
             path, strength = text, "1"
         if not math.isfinite(float(strength)):
-            raise ValueError(f"--lora {text}: strength {strength} is not finite: write such as {path}:1.4")
-        if os.path.abspath(path) in found:
+            raise ValueError(f"--lora {typed}: strength {strength} is not finite: write such as {path}:1.4")
+        group = found.setdefault(expert or "", {})
+        if os.path.abspath(path) in group:
             raise ValueError(f"--lora {path} is given twice: give it once, with the strength it is to have")
-        found[os.path.abspath(path)] = float(strength)
-    return found
+        group[os.path.abspath(path)] = float(strength)
+    if "" in found and len(found) > 1:
+        raise ValueError(f"--lora {', '.join(texts)}: put high=, low= or both= before each path, or before none")
+    return found.get("") or found
 
 
-def _existing(lora: Any) -> Mapping[str, float] | None:
-    if lora is not None and not (isinstance(lora, dict) and all(isinstance(s, (int, float)) for s in lora.values())):
-        raise ValueError(f"lora {lora!r} is not understood: it must map paths to strengths")
-    for path in lora or ():
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"LoRA {path} does not exist: give a .safetensors or .pt file, or --lora none")
-    return lora
+def _existing(lora: Any) -> Mapping[str, Any] | None:
+    """`lora` as `parse_loras` gives it, or as recorded, its files looked for."""
+    if lora is None:
+        return None
+    groups = (
+        lora.values() if isinstance(lora, dict) and lora and all(isinstance(v, dict) for v in lora.values()) else [lora]
+    )
+    for group in groups:
+        if not isinstance(group, dict) or not all(isinstance(strength, (int, float)) for strength in group.values()):
+            raise ValueError(f"lora {lora!r} is not understood: it must map paths to strengths")
+        for path in group:
+            if not os.path.isfile(path):
+                raise FileNotFoundError(f"LoRA {path} does not exist: give a .safetensors or .pt file, or --lora none")
+    checked: Mapping[str, Any] = lora
+    return checked
+
+
+def lora_files(lora: Mapping[str, Any] | None) -> list[str]:
+    """The paths in such a mapping, each once."""
+    found = (v if isinstance(v, dict) else [k] for k, v in (lora or {}).items())
+    return list(dict.fromkeys(path for group in found for path in group))
 
 
 def _targets(out: str, seeds: list[int], fps: float, overwrite: bool, media: MediaPlan) -> Iterator[Target]:

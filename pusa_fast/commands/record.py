@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pusa_fast
+from pusa_fast.media_plan import INPUTS
+from pusa_fast.options import GenerateOptions, declared
+from pusa_fast.request import check_json
 from pusa_fast.weights.files import file_hash
 from pusa_fast.weights.pretrained import ModelFiles
 
@@ -23,24 +26,8 @@ FORMAT = "pusa-fast clip 1"
 
 # What `prepare` reads of a record, and the types that JSON may give it; null counts as absent.
 _FIELDS: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(
-        (
-            "prompt",
-            "negative_prompt",
-            "model",
-            "compat",
-            "fit",
-            "tiling",
-            "attention",
-            "device",
-            "dtype",
-            "precision",
-            "out",
-        ),
-        (str,),
-    ),
-    **dict.fromkeys(("num_frames", "height", "width", "steps", "seed"), (int,)),
-    **dict.fromkeys(("guidance_scale", "shift", "fps"), (int, float)),
+    **{option.key: option.json_types for option in declared(GenerateOptions).values() if option.name not in INPUTS},
+    **dict.fromkeys(("height", "width", "seed"), (int,)),
     **dict.fromkeys(("conditions", "written"), (list,)),
     **dict.fromkeys(("lora", "hashes"), (dict,)),
 }
@@ -136,11 +123,11 @@ def read(path: str) -> dict[str, Any]:
             f'--from {path} is not the record of a clip ("format" is not "{FORMAT}"): give the .json beside a clip'
         )
     for name, kinds in _FIELDS.items():
-        value = found.get(name)
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-            raise ValueError(
-                f"--from {path}: {name}={value!r} is no {' or '.join(kind.__name__ for kind in kinds)}: restore the file"
-            )
+        if found.get(name) is not None:
+            try:
+                check_json(name, found[name], kinds)
+            except ValueError as error:
+                raise ValueError(f"--from {path}: {error}: restore the file") from None
     for name in ("model", "lora"):
         if not isinstance((found.get("hashes") or {}).get(name, {}), dict):
             raise ValueError(f"--from {path}: hashes.{name} is no dict: restore the file")

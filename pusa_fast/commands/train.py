@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
 
 import typer
 
+from pusa_fast.options import TrainOptions
 from pusa_fast.training.config import load_config
 
 
-def run(path: str | None, overrides: Sequence[str], plan: bool, processes: int | None) -> None:
+def run(options: TrainOptions) -> None:
     """Raises ValueError, OSError or FloatingPointError; checkpoints written by then stay. Exits with 130 after an interrupt."""
-    if path is None and not overrides:
+    if options.config is None and not options.set_:
         raise ValueError("give a CONFIG.YAML, or at least --set data.path=PREPARED --set out=RUN")
-    config = load_config(path, overrides)
-    if processes is not None and processes < 1:
-        raise ValueError(f"--processes must be at least 1, got {processes}")
-    if plan:
+    config = load_config(options.config, options.set_ or [])
+    if options.processes is not None and options.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {options.processes}")
+    if options.plan:
         from pusa_fast.training.plan import plan_run
 
-        typer.echo(plan_run(config, processes or int(os.environ.get("WORLD_SIZE", "1"))).text())
+        typer.echo(plan_run(config, options.processes or int(os.environ.get("WORLD_SIZE", "1"))).text())
         return
     from pusa_fast.training.trainer import train
 

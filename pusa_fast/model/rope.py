@@ -37,11 +37,13 @@ class RopeCache:
     def __call__(self, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         """cos, sin [P, K/2] on `device` for a grid (F, h, w) of tokens, P = max(grid)."""
         key = (max(grid), device)
-        if key not in self._tables:
+        # Threads share the dictionary, and each step on it is atomic: tables evicted meanwhile are still this call's own.
+        tables = self._tables.pop(key, None)
+        if tables is None:
             # Tables first asked for under inference_mode must still serve a later training step.
             with torch.inference_mode(False):
-                self._tables[key] = rope_tables(self.head_dim, max(grid), device)
-            while len(self._tables) > self.capacity:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(key)
-        return self._tables[key]
+                tables = rope_tables(self.head_dim, max(grid), device)
+        self._tables[key] = tables
+        while len(self._tables) > self.capacity:
+            self._tables.popitem(last=False)
+        return tables

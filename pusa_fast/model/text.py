@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import re
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 class TextEncoder:
-    """Encodes prompts one by one and remembers the last `cache_size` of them.
+    """Encodes prompts one by one and remembers the last `cache_size` of them. Threads may share one.
 
     `model`: a UMT5EncoderModel (anything called with `input_ids`, `attention_mask` [1,L] that answers `last_hidden_state` [1,L,D]);
     `tokenizer`: a transformers tokenizer; `text_len`: rows given to the transformer, which attends to all of them.
@@ -39,6 +40,7 @@ class TextEncoder:
             raise ValueError(f"text_len must be at least 1 and cache_size at least 0; got {text_len} and {cache_size}")
         self.model, self.tokenizer, self.text_len, self.cache_size = model.eval(), tokenizer, text_len, cache_size
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """[B, text_len, D] in the encoder's dtype and on its device; rows past a prompt's last token are zero.
@@ -53,38 +55,41 @@ class TextEncoder:
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of the cleaned prompt, its end mark among them; those past `text_len` are dropped."""
-        return len(self.tokenizer(clean_prompt(prompt), add_special_tokens=True, verbose=False)["input_ids"])
+        with self._lock:
+            return len(self._ids(clean_prompt(prompt)))
 
     def _rows(self, prompt: str) -> Tensor:
         """The encoder's output [tokens of the prompt, D], from the cache where it was made before."""
-        rows = self._cache.pop(prompt, None)
-        if rows is None:
-            rows = self._forward(prompt)
-        self._cache[prompt] = rows
-        while len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
+        # A fast tokenizer keeps settings between calls, and the cache is shared: one thread at a time.
+        with self._lock:
+            rows = self._cache.pop(prompt, None)
+            if rows is None:
+                rows = self._forward(prompt)
+            self._cache[prompt] = rows
+            while len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
         return rows
+
+    def _ids(self, prompt: str) -> list[int]:
+        """Token ids with the end mark. Never cut or padded here: tokenizers hold both as state."""
+        return list(self.tokenizer(prompt, add_special_tokens=True, verbose=False)["input_ids"])
 
     @torch.no_grad()
     def _forward(self, prompt: str) -> Tensor:
-        total = len(self.tokenizer(prompt, add_special_tokens=True, verbose=False)["input_ids"])
-        if total > self.text_len:
+        ids = self._ids(prompt)
+        if (dropped := len(ids) - self.text_len) > 0:
             warnings.warn(
-                f"the prompt has {total} tokens, the model reads {self.text_len}: the last {total - self.text_len} are dropped",
+                f"the prompt has {len(ids)} tokens, the model reads {self.text_len}: the last {dropped} are dropped",
                 stacklevel=4,
             )
-        tokens = self.tokenizer(
-            prompt,
-            add_special_tokens=True,
-            padding="max_length",
-            truncation=True,
-            max_length=self.text_len,
-            return_tensors="pt",
-        )
+            marks = self.tokenizer.num_special_tokens_to_add(pair=False)  # at the end, as T5 has them; they stay
+            ids = ids[: self.text_len - marks] + ids[len(ids) - marks :]
+        padding = self.text_len - len(ids)
         device = next(self.model.parameters()).device
-        mask = tokens["attention_mask"].to(device)
-        hidden: Tensor = self.model(input_ids=tokens["input_ids"].to(device), attention_mask=mask).last_hidden_state
-        return hidden[0, : min(total, self.text_len)].clone()
+        tokens = torch.tensor([ids + [self.tokenizer.pad_token_id] * padding], device=device)
+        mask = torch.tensor([[1] * len(ids) + [0] * padding], device=device)
+        hidden: Tensor = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        return hidden[0, : len(ids)].clone()
 
     @classmethod
     def from_directory(

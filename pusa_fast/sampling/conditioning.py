@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pusa_fast.sampling.schedule import Schedule, check_compat
+from pusa_fast.sampling.limits import check_compat
+from pusa_fast.sampling.schedule import Schedule
 from pusa_fast.sampling.task import Placement, Plan, describe
 
 

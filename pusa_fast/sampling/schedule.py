@@ -5,16 +5,13 @@ Shapes: S steps, F latent frames. Levels are sigma in [0, 1]; the network's time
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-COMPAT = ("reference", "exact")
-MAX_STEPS = 1000  # the reference's training grid
+from pusa_fast.sampling.limits import check_compat, check_multiplier, check_shift, check_steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,27 +81,3 @@ def lift(global_sigmas: Tensor, multipliers: Sequence[float], compat: str = "ref
     for step in range(timesteps.shape[0]):
         sigmas[step + 1] = torch.where(frozen[step], sigmas[step], sigmas[step + 1])
     return Schedule(global_sigmas, sigmas, timesteps)
-
-
-def check_steps(steps: object) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= int(steps) <= MAX_STEPS:
-        raise ValueError(f"steps must be a whole number from 1 to {MAX_STEPS}; got {steps!r}")
-    return int(steps)
-
-
-def check_shift(shift: object) -> float:
-    if isinstance(shift, bool) or not isinstance(shift, Real) or not 0 < float(shift) < math.inf:
-        raise ValueError(f"shift must be a positive number (Wan: 5); got {shift!r}")
-    return float(shift)
-
-
-def check_compat(compat: str) -> str:
-    if compat not in COMPAT:
-        raise ValueError(f"unknown compat {compat!r}: choose one of {', '.join(COMPAT)}")
-    return compat
-
-
-def check_multiplier(noise: object) -> float:
-    if isinstance(noise, bool) or not isinstance(noise, Real) or not 0 <= float(noise) <= 1:  # nan compares false
-        raise ValueError(f"noise must be a number from 0 (keep the frame) to 1 (generate it anew); got {noise!r}")
-    return float(noise)

@@ -5,21 +5,47 @@ Latent 0 stands for frame 0 alone, latent i >= 1 for the `k` frames ending at `k
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
-from typing import Any, TypeGuard
+from typing import Any
 
-from pusa_fast.sampling.schedule import COMPAT, check_multiplier, check_shift, check_steps
+from pusa_fast.sampling.limits import (
+    COMPAT,
+    check_guidance,
+    check_multiplier,
+    check_seed,
+    check_shift,
+    check_size,
+    check_steps,
+    is_whole,
+    latent_count,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MediaFile:
+    """A medium by name, as the command line and manifests give it: nothing is read before it is needed.
+
+    `path`: a picture, or a clip, which is resampled to `fps` (None: every frame) and of which the last `last_frames` frames
+    count (None: all). The file's suffix decides nothing.
+    """
+
+    path: str
+    picture: bool = False
+    fps: float | None = None
+    last_frames: int | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.last_frames is None else f"the last {self.last_frames} frames of {self.path}"
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
     """Frames that the video has to contain; checked when it is used, by `resolve`.
 
-    `media`: PIL image, path, uint8 array or tensor [H,W,3] (a picture) or [T,H,W,3] (a clip), or a sequence of PIL images (a clip).
+    `media`: PIL image, path, `MediaFile`, uint8 array or tensor [H,W,3] (a picture) or [T,H,W,3] (a clip), or a sequence of
+    PIL images (a clip).
     `latent`: where it goes, as latent frames: int (negative counts from the end), slice or sequence of ints.
     `noise`: 0 keeps it as it is, up to 1: how freely it is re-synthesised; one number, or one per latent.
     `source`: which latents of the encoded clip are taken (default: the same indices). A picture is encoded alone and has one.
@@ -73,67 +99,36 @@ class Settings:
 
 
 CHOICES = {"compat": COMPAT, "fit": ("crop", "pad", "stretch"), "output": ("frames", "latents")}
-MAX_SEED = 2**63 - 1
-MAX_FRAMES = 100_001  # more than an hour: a slip of the finger, not a clip
 
 
 def settings(
-    given: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    multiples: tuple[int, int] = (16, 16),
-    temporal_factor: int = 4,
+    given: Mapping[str, Any], defaults: Mapping[str, Any], multiples: tuple[int, int], temporal_factor: int
 ) -> Settings:
-    """`given` over `defaults` (None: the default), checked; height and width must be multiples of `multiples`, in pixels.
+    """`given` over `defaults` (None: the default), checked; height and width are multiples of `multiples`, in pixels.
 
-    Raises ValueError naming the value and the nearest that works.
+    Raises ArgumentError with the value and the nearest one that works, ValueError for an unknown choice.
     """
     names = [field.name for field in fields(Settings)]
-    values = {
-        **{name: defaults[name] for name in names if name in defaults},
-        **{k: v for k, v in given.items() if v is not None},
-    }
+    values = {name: defaults[name] for name in names if name in defaults}
+    values |= {name: value for name, value in given.items() if value is not None}
     for name, multiple in zip(("height", "width"), multiples, strict=True):
-        size = values[name]
-        if not _is_whole(size) or size < 1 or size % multiple:
-            below = size // multiple * multiple if _is_whole(size) and size > 0 else 0
-            nearest = f"{below} or {below + multiple}" if below else str(multiple)
-            raise ValueError(f"{name}={size!r} is not a multiple of {multiple} pixels: use {nearest}")
+        check_size(name, values[name], multiple)
     latent_count(values["num_frames"], temporal_factor)
     check_steps(values["steps"])
     check_shift(values["shift"])
-    guidance, seed = values["guidance_scale"], values.get("seed", 0)
-    if isinstance(guidance, bool) or not isinstance(guidance, Real) or not 0 <= float(guidance) < math.inf:
-        raise ValueError(f"guidance_scale must be a number, at least 0 (1: none); got {guidance!r}")
-    if not _is_whole(seed) or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed must be a whole number from 0 to {MAX_SEED}; got {seed!r}")
+    check_guidance(values["guidance_scale"])
+    check_seed(values.get("seed", 0))
     for name, choices in CHOICES.items():
         if values.get(name, choices[0]) not in choices:
             raise ValueError(f"unknown {name} {values[name]!r}: choose one of {', '.join(choices)}")
     return Settings(**values)
 
 
-def _is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def latent_count(num_frames: object, temporal_factor: int = 4) -> int:
-    """Latent frames of a clip of `num_frames` = k*n + 1 frames; ValueError naming the nearest counts otherwise."""
-    if not _is_whole(num_frames) or not 1 <= num_frames <= MAX_FRAMES:
-        raise ValueError(f"num_frames must be a whole number from 1 to {MAX_FRAMES}; got {num_frames!r}")
-    whole, rest = divmod(int(num_frames) - 1, temporal_factor)
-    if rest:
-        below = whole * temporal_factor + 1
-        raise ValueError(
-            f"num_frames={num_frames} is not {temporal_factor}n+1 (the VAE's chunks): use {below} or {below + temporal_factor}"
-        )
-    return whole + 1
-
-
 def resolve(
     conditions: Sequence[Condition],
     num_frames: int,
     count_frames: Callable[[object], int | None],
-    temporal_factor: int = 4,
+    temporal_factor: int,
 ) -> Plan:
     """Check the conditions against a clip of `num_frames` frames and give every condition latent its source and noise.
 
@@ -152,7 +147,9 @@ def resolve(
             raise ValueError(
                 f"conditions[{number}] is a {type(condition).__name__}, not a Condition: use Condition(media, latent=...)"
             )
-        name = f"conditions[{number}] ({describe(condition.media)})"
+        name = describe(condition.media)
+        if not isinstance(condition.media, MediaFile):  # which came from an option, not from a list of conditions
+            name = f"conditions[{number}] ({name})"
         medium = media.setdefault(_identity(condition.media), len(media))
         if medium == len(originals):
             originals.append(condition.media)
@@ -217,10 +214,15 @@ def _sources(condition: Condition, latents: list[int], frames: int, temporal_fac
         if max(latents) >= encoded:
             need = max(latents) * temporal_factor + 1
             raise ValueError(
-                f"{name}: latent {max(latents)} needs {need} frames of the clip, which has {frames}: give a longer clip, or `source`"
+                f"{name}: latent {max(latents)} needs {need} frames of the clip, which has {frames}: give a longer clip, "
+                "or `source`"
             )
         return latents
     hint = f"the clip's {frames} frames encode to latents 0 to {encoded - 1}"
+    listed = _listed(condition.source)
+    whole = [index for index in (listed if isinstance(listed, list) else [listed]) if is_whole(index)]
+    if whole and max(whole) >= encoded:
+        hint += f"; latent {max(whole)} needs {max(whole) * temporal_factor + 1} frames"
     sources = _indices(condition.source, encoded, f"{name}: source", hint)
     if len(sources) != len(latents):
         raise ValueError(
@@ -244,7 +246,7 @@ def _indices(given: int | slice | Sequence[int], count: int, name: str, hint: st
     if not wanted:
         raise ValueError(f"{name} is empty; {hint}")
     for index in wanted:
-        if not _is_whole(index):
+        if not is_whole(index):
             raise ValueError(f"{name} must be a whole number, a slice or a sequence of them; got {index!r}")
         if not -count <= index < count:
             raise ValueError(f"{name} {index} does not exist; {hint}")
@@ -259,7 +261,9 @@ def _listed(value: Any) -> Any:
 
 
 def _identity(media: object) -> object:
-    """Equal for the same medium: paths by their text, anything else by object."""
+    """Equal for the same medium: files by name, anything else by object."""
+    if isinstance(media, MediaFile):
+        return media
     return os.fspath(media) if isinstance(media, (str, os.PathLike)) else id(media)
 
 
@@ -267,6 +271,8 @@ def describe(media: object) -> str:
     """A few words for messages: the path, or the type and its size."""
     if isinstance(media, (str, os.PathLike)):
         return os.fspath(media)
+    if isinstance(media, MediaFile):
+        return str(media)
     shape = getattr(media, "shape", None) or getattr(media, "size", None)
     return type(media).__name__ if shape is None or callable(shape) else f"{type(media).__name__} {list(shape)}"
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pusa_fast import ops
-from pusa_fast.sampling.schedule import check_shift, sigma_grid
+from pusa_fast.sampling.limits import check_shift
+from pusa_fast.sampling.schedule import sigma_grid
 
 SHIFT = 5.0
 STEPS = 1000  # of the reference's training grid

@@ -10,7 +10,7 @@ from pusa_fast.data.planning import model_hashes
 from pusa_fast.data.store import LatentStore
 from pusa_fast.media import open_media
 from pusa_fast.model.dit import WanDiT
-from pusa_fast.sampling.task import latent_count
+from pusa_fast.sampling.limits import latent_count
 from pusa_fast.training import metrics
 from pusa_fast.training.config import TrainConfig
 from pusa_fast.training.parallel import World

@@ -12,7 +12,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from pusa_fast.sampling.schedule import check_shift, shifted, sigma_grid
+from pusa_fast.sampling.limits import check_shift
+from pusa_fast.sampling.schedule import shifted, sigma_grid
 from pusa_fast.training.fafm import SHIFT, STEPS
 
 LEVELS = ("reference", "continuous")

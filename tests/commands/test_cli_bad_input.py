@@ -12,19 +12,24 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from pusa_fast import Pipeline, cli, video
+from pusa_fast import DiTConfig, Pipeline, VAEConfig, WanDiT, WanVAE, cli, video
+from pusa_fast.device import OutOfMemory
+from pusa_fast.pipeline import Run
+from pusa_fast.weights import checkpoint, keymap
 
 DEFAULTS = {
     "num_frames": 17, "height": 64, "width": 64, "fps": 8, "steps": 4, "guidance_scale": 3.0, "shift": 3.0, "negative_prompt": "",
 }  # fmt: skip
+DIT = DiTConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=1, text_dim=16, freq_dim=16)
+VAE = VAEConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
 GENERATE = ["generate", "a red circle", "--model", "tiny"]
 
 
@@ -37,7 +42,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def write_inputs(folder: Path) -> None:
-    """Files that the commands below name: whole ones, damaged ones, and a model of empty files, which nothing may read."""
+    """Files that the commands below name: whole ones, damaged ones, and a model that lacks a tensor."""
     frames = torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8)
     video.write_video(folder / "nine.mp4", frames, fps=8)
     data = (folder / "nine.mp4").read_bytes()
@@ -66,8 +71,10 @@ def write_inputs(folder: Path) -> None:
     for name in ("pictures", "holiday", "tiny/text_encoder", "tiny/tokenizer", "half"):
         (folder / name).mkdir(parents=True)
     (folder / "holiday" / "photo.jpg").write_bytes(b"mine")
-    for name in ("dit.safetensors", "vae.safetensors"):
-        (folder / "tiny" / name).write_bytes(b"")
+    # Whole headers, but for one tensor: a check may read the configuration, and loading fails.
+    weights = keymap.unpack(WanDiT(DIT).state_dict())
+    checkpoint.save(folder / "tiny" / "dit.safetensors", dict(list(weights.items())[:-1]), DIT)
+    checkpoint.save(folder / "tiny" / "vae.safetensors", WanVAE(VAE).state_dict(), VAE)
     text = {"encoder": "text_encoder", "tokenizer": "tokenizer", "text_len": 8}
     spec = {"name": "tiny", "dit": "dit.safetensors", "vae": "vae.safetensors", "text": text, "defaults": DEFAULTS}
     (folder / "tiny" / "model.json").write_text(json.dumps(spec))
@@ -229,7 +236,7 @@ def test_unknown_command() -> None:
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:7", "mps", "meta"])
 def test_unknown_device_is_refused_before_weights_are_read(here: Path, device: str) -> None:
-    """The model's files are empty here: reading one would give another message."""
+    """The model's files lack a tensor here: loading one would give another message."""
     assert is_answered(run(*GENERATE, "--device", device), [device])
 
 
@@ -238,21 +245,23 @@ def test_weights_that_are_damaged(here: Path) -> None:
 
 
 class StubPipeline:
-    """Stands where a loaded model would: grey frames, or what `during` raises after the first step."""
+    """In place of a loaded model: grey frames, or what `during` raises after the first step."""
 
     device = torch.device("cpu")
-    dit = None
+    dit = SimpleNamespace(dtype=torch.float32)
 
     def __init__(self, during: Callable[[int], None]) -> None:
-        self.during, self.last_run, self.calls = during, {"seconds": {"denoise": 0.0}}, 0
+        self.during, self.calls = during, 0
 
-    def __call__(
-        self, prompt: str, *, num_frames: int, height: int, width: int, steps: int, callback: Any, **_: object
-    ) -> Tensor:
+    def run(self, request: Any, callback: Any) -> Run:
         self.calls += 1
-        callback(1, steps, None)
+        chosen = request.settings
+        callback(1, chosen.steps, None)
         self.during(self.calls)
-        return torch.full((num_frames, height, width, 3), 128, dtype=torch.uint8)
+        frames = torch.full((chosen.num_frames, chosen.height, chosen.width, 3), 128, dtype=torch.uint8)
+        names = ("tiling", "encode_tiling", "overcompute", "guidance_mode", "tokens")
+        record = {"task": "", "seconds": {"denoise": 0.0}, **dict.fromkeys(names)}
+        return Run(frames, None, record)
 
 
 def stub(monkeypatch: pytest.MonkeyPatch, during: Callable[[int], None]) -> None:
@@ -270,7 +279,7 @@ def raising(error: BaseException, call: int = 1) -> Callable[[int], None]:
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("out of memory in decode on cpu: use tiling='auto', or a smaller height and width"),
+        OutOfMemory("decode", "on cpu"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines"),
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
@@ -305,9 +314,9 @@ def test_interrupted_or_out_of_space_while_writing(
 ) -> None:
     before = files(here)
     stub(monkeypatch, lambda number: None)
-    from pusa_fast.commands import plan
+    from pusa_fast.media_plan import MediaPlan
 
-    whole = plan.MediaPlan.assemble
+    whole = MediaPlan.assemble
 
     def broken(*words: Any) -> Any:
         for number, frame in enumerate(whole(*words)):
@@ -315,7 +324,7 @@ def test_interrupted_or_out_of_space_while_writing(
                 raise error
             yield frame
 
-    monkeypatch.setattr(plan.MediaPlan, "assemble", broken)
+    monkeypatch.setattr(MediaPlan, "assemble", broken)
     result = run(*GENERATE, "--out", out)
     assert result.exit_code == code
     if code == 2:

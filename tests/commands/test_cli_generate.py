@@ -20,7 +20,6 @@ from typer.testing import CliRunner, Result
 
 from pusa_fast import Condition, DiTConfig, Pipeline, VAEConfig, WanDiT, WanVAE, cli, video
 from pusa_fast.commands.generate import Thinned
-from pusa_fast.commands.plan import Given, Inputs, MediaPlan, Part, parse_keyframe, parse_latents, plan_media
 from pusa_fast.weights import checkpoint, keymap
 
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "circle", "moves", "right", "on", "gray", "background")
@@ -225,7 +224,6 @@ def test_keyframes_at_any_latent_and_names_with_marks(model: Path, here: Path) -
     odd = picture(here / "a@b:c.png")
     record = make(model, "--keyframe", f"{odd}@2:0.3", "--keyframe", f"{odd}@-1")
     assert record["conditions"] == [entry(odd, 2, 0.3), entry(odd, -1, 0.0)]
-    assert parse_keyframe("a@1:0.5@3:0.25") == ("a@1:0.5", 3, 0.25)
 
 
 def test_completion_keeps_latents_of_a_clip(model: Path, here: Path) -> None:
@@ -253,17 +251,6 @@ def test_extension_goes_on_from_the_last_frames(model: Path, here: Path) -> None
     assert run("a red circle", "--model", model, "--extend", "twice.mp4", "--out", "clip.gif").exit_code == 0
     assert len(video.read_video("clip.gif", fps=FPS)) == 21 + 17 - 13
     assert json.loads((here / "clip.json").read_text())["conditions"][0]["noise"] == [0.0, 0.3, 0.4, 0.5]
-
-
-def test_extension_repeats_the_last_noise() -> None:
-    plan = plan_media(Inputs(extend="x.mp4", overlap=25), 81)
-    assert plan.conditions[0].noise == (0.0, 0.3, 0.4, 0.5, 0.5, 0.5, 0.5)
-    assert plan_media(Inputs(extend="x.mp4", overlap=13, keep_noise="0.1,0.2"), 81).conditions[0].noise == (
-        0.1,
-        0.2,
-        0.2,
-        0.2,
-    )
 
 
 def test_transition_joins_two_clips(model: Path, here: Path) -> None:
@@ -371,31 +358,6 @@ def test_the_program_itself(model: Path, here: Path) -> None:
     good = subprocess.run([*program, "a red circle", "--model", model], capture_output=True, text=True, env=environment)
     assert (good.returncode, good.stderr) == (0, "")
     assert sorted(entry.name for entry in here.iterdir()) == ["clip.json", "clip.mp4", "clip.png"]
-
-
-def test_a_plan_survives_its_record() -> None:
-    for inputs in (
-        Inputs(),
-        Inputs(image="a.png", image_noise=0.2, end_image="b.png", keyframe=("c.png@2",)),
-        Inputs(video="v.mp4", keep="0-2,-1"),
-        Inputs(extend="v.mp4", end_image="b.png"),
-        Inputs(transition=("v.mp4", "w.mp4"), ends=1),
-    ):
-        plan = plan_media(inputs, 17)
-        assert MediaPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-
-
-def test_what_is_written_counts_each_instant_once() -> None:
-    plan = plan_media(Inputs(transition=("v.mp4", "w.mp4")), 81)  # ends: 3
-    assert plan.written == (Part(os.path.abspath("v.mp4")), Part(start=9, stop=-13), Part(os.path.abspath("w.mp4")))
-    assert plan.conditions[0] == Given(os.path.abspath("v.mp4"), (0, 1, 2), (0.0,) * 3, (0, 1, 2), 9)
-    assert plan.conditions[1] == Given(os.path.abspath("w.mp4"), (-3, -2, -1), (0.0,) * 3, (1, 2, 3))
-    assert plan.resolve(81).frames_needed == (9, 13)
-
-
-def test_latents_as_typed() -> None:
-    assert parse_latents("--keep", "0-3") == (0, 1, 2, 3)
-    assert parse_latents("--keep", "0, 4-4,-1") == (0, 4, -1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 64, 65, 81, 500])

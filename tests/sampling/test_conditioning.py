@@ -31,7 +31,7 @@ def a_clip(frames: int, start: float = 0.0) -> Tensor:
 
 
 def plan(*conditions: Condition, num_frames: int = 17) -> Plan:
-    return resolve(conditions, num_frames, lambda media: media.shape[2] if isinstance(media, Tensor) else None)
+    return resolve(conditions, num_frames, lambda media: media.shape[2] if isinstance(media, Tensor) else None, 4)
 
 
 def encode(resolved: Plan, tiling: Any = None) -> tuple[dict[int, float], list[tuple[int, Any]]]:
@@ -68,7 +68,7 @@ def test_transition_takes_the_second_clip_from_its_second_latent() -> None:
 
 
 def test_a_clip_that_ends_before_its_header_says_is_refused() -> None:
-    resolved = resolve([Condition("clip.mp4", slice(0, 3))], 17, lambda media: 17)
+    resolved = resolve([Condition("clip.mp4", slice(0, 3))], 17, lambda media: 17, 4)
     with pytest.raises(ValueError, match=r"clip.mp4: 9 frames are needed, only 6 could be read"):
         encode_conditions(resolved, FrameCounter(), lambda _: a_clip(6))
 

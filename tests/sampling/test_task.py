@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pusa_fast.sampling.task import Condition, Plan, describe, latent_count, resolve, settings
+from pusa_fast.sampling.limits import latent_count
+from pusa_fast.sampling.task import Condition, Plan, describe, resolve, settings
 from pusa_fast.weights.pretrained import WAN_DEFAULTS
 
 
@@ -26,7 +27,7 @@ PICTURE = Clip(None)
 
 
 def plan(*conditions: Condition, num_frames: int = 81) -> Plan:
-    return resolve(conditions, num_frames, lambda media: media.frames)  # type: ignore[attr-defined]
+    return resolve(conditions, num_frames, lambda media: media.frames, 4)  # type: ignore[attr-defined]
 
 
 def given_latents(resolved: Plan) -> dict[int, tuple[int, float]]:
@@ -96,7 +97,7 @@ def test_same_medium_in_several_conditions_counts_once() -> None:
         Condition("a.mp4", 2),
         Condition(Clip(81), 3),
     ]
-    resolved = resolve(conditions, 81, lambda media: counted.append(media) or 81)  # type: ignore[func-returns-value]
+    resolved = resolve(conditions, 81, lambda media: counted.append(media) or 81, 4)  # type: ignore[func-returns-value]
     assert counted == list(resolved.media) == [clip, "a.mp4", conditions[4].media]
     assert [p.medium for p in resolved.placements] == [0, 1, 1, 2, 0]
     assert resolved.frames_needed == (17, 9, 13)
@@ -159,28 +160,28 @@ def test_task_name(conditions: list[Condition], task: str) -> None:
 )
 def test_refused(conditions: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve(conditions, 81, lambda media: media.frames if isinstance(media, Clip) else 81)
+        resolve(conditions, 81, lambda media: media.frames if isinstance(media, Clip) else 81, 4)
 
 
 @given(st.integers(1, 400))
 def test_frame_counts(num_frames: int) -> None:
     if num_frames % 4 == 1:
-        assert latent_count(num_frames) == (num_frames - 1) / 4 + 1
+        assert latent_count(num_frames, 4) == (num_frames - 1) / 4 + 1
         return
     with pytest.raises(ValueError, match=rf"num_frames={num_frames} is not 4n\+1.*: use (\d+) or (\d+)") as caught:
-        latent_count(num_frames)
+        latent_count(num_frames, 4)
     below, above = (int(word) for word in str(caught.value).replace("use ", "").split() if word.isdigit())
-    assert below < num_frames < above and latent_count(below) + 1 == latent_count(above)
+    assert below < num_frames < above and latent_count(below, 4) + 1 == latent_count(above, 4)
 
 
 @pytest.mark.parametrize("num_frames", [0, -3, 17.0, "17", None, True])
 def test_frame_count_is_a_number(num_frames: object) -> None:
     with pytest.raises(ValueError, match="num_frames must be a whole number from 1 to"):
-        latent_count(num_frames)
+        latent_count(num_frames, 4)
 
 
 def test_settings_take_defaults_for_none() -> None:
-    chosen = settings({"steps": 4, "height": None, "seed": 7}, WAN_DEFAULTS)
+    chosen = settings({"steps": 4, "height": None, "seed": 7}, WAN_DEFAULTS, (16, 16), 4)
     assert (chosen.num_frames, chosen.height, chosen.width, chosen.steps, chosen.guidance_scale) == (
         81,
         480,
@@ -216,7 +217,7 @@ def test_settings_take_defaults_for_none() -> None:
 )
 def test_settings_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        settings(given, WAN_DEFAULTS, (16, 32))
+        settings(given, WAN_DEFAULTS, (16, 32), 4)
 
 
 def test_describe() -> None:

@@ -5,7 +5,9 @@ The plan is the reference's (diffsynth/models/wan_video_vae.py, `tiled_encode` a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 MODES = ("feather", "exact", "auto")
 
@@ -63,3 +65,9 @@ def tile_spans(length: int, tile: int, stride: int) -> list[tuple[int, int]]:
     """(start, stop) of the tiles along one axis; the last one may be shorter, none lies wholly inside its predecessor."""
     starts = [p for p in range(0, length, stride) if p < stride or p - stride + tile < length]
     return [(p, min(p + tile, length)) for p in starts]
+
+
+# The names by which the command line and requests choose a tiling; None: whole frames.
+TILINGS: Mapping[str, Tiling | None] = MappingProxyType(
+    {"whole": None, "auto": Tiling.auto(), "exact": Tiling(mode="exact"), "feather": Tiling()}
+)
