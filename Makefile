@@ -20,8 +20,11 @@ test: .venv/.installed
 	$(BIN)/python -m pytest
 
 lint: .venv/.installed
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.hpp' '*.cu' '*.h')
+	$(BIN)/vulture
 
 bench: .venv/.installed
 	$(BIN)/pusa-fast bench ops
