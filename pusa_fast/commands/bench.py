@@ -7,84 +7,84 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 import pusa_fast
 from pusa_fast.commands.parser import command
 from pusa_fast.errors import ArgumentError
-from pusa_fast.options import Option, declared
+from pusa_fast.options import declared, option
 
 app = typer.Typer(help="Measure: ops, attention, the transformer, the VAE, whole runs. Works in a checkout only.")
 
-Video = Annotated[
-    str | None, Option("On a GPU: 81 frames of 832x480 or 1280x720 (default both; train: 480p).", "480p|720p")
-]
 Names = list[str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    device: Annotated[str | None, Option("Where (default: a GPU where there is one).", "cpu|cuda")] = None
-    quick: Annotated[bool, Option("Tiny sizes, warm caches: shows that it runs, not how fast.")] = False
-    out: Annotated[str | None, Option("Also write the result there, step by step.", "FILE")] = None
+    device: str | None = option("Where (default: a GPU where there is one).", "cpu|cuda")
+    quick: bool = option("Tiny sizes, warm caches: shows that it runs, not how fast.", default=False)
+    out: str | None = option("Also write the result there, step by step.", "FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timed(Common):
-    seconds: Annotated[float | None, Option("Start nothing new after that many seconds.")] = None
+    seconds: float | None = option("Start nothing new after that many seconds.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Typed(Timed):
-    dtype: Annotated[
-        Names, Option("Repeatable (default: both on a CPU, bf16 on a GPU).", "fp32|bf16", key="dtypes")
-    ] = None
+    dtype: Names = option("Repeatable (default: both on a CPU, bf16 on a GPU).", "fp32|bf16", key="dtypes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shaped(Typed):
-    shape: Annotated[Names, Option("14b-480p, 14b-720p, 1.3b-480p, 1.3b-2k, tiny. Repeatable.", key="shapes")] = None
+    shape: Names = option("14b-480p, 14b-720p, 1.3b-480p, 1.3b-2k, tiny. Repeatable.", key="shapes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provided(Shaped):
-    provider: Annotated[Names, Option("Who computes it (default all). Repeatable.", key="providers")] = None
+    provider: Names = option("Who computes it (default all). Repeatable.", key="providers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ops(Provided):
-    op: Annotated[Names, Option("Default all. Repeatable.", key="ops")] = None
+    op: Names = option("Default all. Repeatable.", key="ops")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sized(Typed):
-    size: Video = None
+    size: str | None = option("On a GPU: 81 frames of 832x480 or 1280x720 (default both; train: 480p).", "480p|720p")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Timed):
-    size: Video = None
+    size: str | None = option("On a GPU: 81 frames of 832x480 or 1280x720 (default both; train: 480p).", "480p|720p")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEnd(Timed):
-    model: Annotated[str | None, Option("nano, a model's folder, or with --random-weights a size.", "NAME|DIR")] = None
-    random_weights: Annotated[bool, Option("A model of that size, made up: times, no pictures.")] = False
-    size: Annotated[str | None, Option("81 frames of 832x480 or 1280x720 (default 480p).", "480p|720p")] = None
-    steps: Annotated[int | None, Option("Denoising steps (default 4).")] = None
-    precision: Annotated[str | None, Option("Of the transformer's matmuls.", "fp8")] = None
+    model: str | None = option("nano, a model's folder, or with --random-weights a size.", "NAME|DIR")
+    random_weights: bool = option("A model of that size, made up: times, no pictures.", default=False)
+    size: str | None = option("81 frames of 832x480 or 1280x720 (default 480p).", "480p|720p")
+    steps: int | None = option("Denoising steps (default 4).")
+    precision: str | None = option("Of the transformer's matmuls.", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Ops):
-    before: Annotated[str, Option("A result file, or a git ref.", argument=True)]
-    after: Annotated[str, Option('Likewise. "." is the working tree.', argument=True)]
-    kind: Annotated[str, Option("What to measure, for git refs.")] = "ops"
-    rounds: Annotated[int, Option("Runs of each, alternating, for git refs.")] = 2
+    before: str = option("A result file, or a git ref.", argument=True, default=MISSING)
+    after: str = option('Likewise. "." is the working tree.', argument=True, default=MISSING)
+    kind: str = option("What to measure, for git refs.", default="ops")
+    rounds: int = option("Runs of each, alternating, for git refs.", default=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    check: bool = option("Change nothing; fail where a table is out of date.", default=False)
 
 
 @app.callback(invoke_without_command=True)
@@ -156,20 +156,18 @@ def compare(given: Compare) -> None:
     harness.print_json(result)
 
 
-@app.command()
-def report(
-    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where a table is out of date.")] = False,
-) -> None:
+@command(app, Report)
+def report(given: Report) -> None:
     """Write the tables of the documents from bench/results."""
     harness = load("harness")
-    result = load("report").run(check)
-    if check and result["changed"]:
+    result = load("report").run(given.check)
+    if given.check and result["changed"]:
         raise ValueError(f"out of date: {', '.join(result['changed'])}: run pusa-fast bench report")
     harness.print_json(result)
 
 
 def load(name: str) -> Any:
-    """A module of the folder bench/ beside the package. Raises ValueError outside a checkout."""
+    """A module of the folder bench/ next to the package. Raises ValueError outside a checkout."""
     root = checkout()
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))

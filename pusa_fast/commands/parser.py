@@ -13,13 +13,13 @@ import typer
 from pusa_fast.options import Declared, declared
 
 
-def whole(text: str) -> int:
-    if not re.fullmatch(r"-?\d{1,18}", text.strip()):
+def whole(text: str | int) -> int:
+    if not re.fullmatch(r"-?\d{1,18}", str(text).strip()):
         raise typer.BadParameter(f"{text!r} is not a whole number")
     return int(text)
 
 
-def number(text: str) -> float:
+def number(text: str | float) -> float:
     try:
         return float(text)
     except ValueError:
