@@ -15,7 +15,7 @@ checkpointing saves, and with FSDP, which gathers a block's weights only while t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -222,6 +222,11 @@ class WanDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
         self._initialise()
+
+    @property
+    def networks(self) -> Mapping[str, WanDiT]:
+        """The networks of this denoiser by name; a pair of experts has two."""
+        return {"dit": self}
 
     @property
     def dtype(self) -> torch.dtype:

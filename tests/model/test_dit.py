@@ -197,7 +197,9 @@ def test_gradients_of_the_modulation(ops_backend: str) -> None:
         with ops.use("reference") if dtype == torch.float64 else nullcontext():
             dit = tiny_dit().to(dtype)
             dit(x.to(dtype), timestep, context.to(dtype)).square().sum().backward()
-        grads[dtype] = {name: p.grad for name, p in dit.named_parameters() if "modulation" in name and p.grad is not None}
+        grads[dtype] = {
+            name: p.grad for name, p in dit.named_parameters() if "modulation" in name and p.grad is not None
+        }
     assert len(grads[torch.float32]) == TINY.num_layers + 1
     for name, exact in grads[torch.float64].items():
         assert relative_error(grads[torch.float32][name], exact) < 1e-5, name
