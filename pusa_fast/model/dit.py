@@ -1,18 +1,21 @@
-"""The Wan video transformer with one timestep per latent frame (paper arXiv 2507.16116; spec sections 1.2 to 1.5).
+"""The Wan video transformer with one timestep per latent frame (arXiv 2507.16116; spec 1.2 to 1.5).
 
-Shape suffixes: B batch, C latent channels, F latent frames, h/w grid of tokens in a frame (latent pixels in `x_BCFhw`),
-L tokens = F*h*w in that order, D width, H heads, K head width, T context tokens, E context width, S steps, R distinct
-timesteps, 6 = (shift, scale, gate) of self-attention, then of the feed-forward.
+Shape suffixes: B batch, C latent channels, F latent frames, h/w grid of tokens in a frame (latent
+pixels in `x_BCFhw`), L tokens = F*h*w in that order, D width, H heads, K head width, T context
+tokens, E context width, S steps, R distinct timesteps, 6 = (shift, scale, gate) of self-attention,
+then of the feed-forward.
 
-A frame's modulation stays one row [.., F, .., D]: kernels find a token's row by index and add the block's own row to it.
-In inference the residual travels with its last update still `Pending`, so that the next norm adds it in the same pass over
-memory. Under autograd a block ends with it added: what activation checkpointing saves is one tensor. Keys and values of the
-context, prepared ahead in inference, are then made in the block, which is what FSDP gathers weights for.
+Modulation is a table with one row per frame [B, F, 6, D]; kernels find a token's row by index. A
+block's own row is added to the table before its kernels run. In inference that happens in
+`prepare`, which also makes keys and values of the context. The residual then travels with its last
+update still `Pending`, so that the next norm adds it in the same pass over memory. A `closed` block
+does all of this itself and returns one tensor: under autograd, where that tensor is what activation
+checkpointing saves, and with FSDP, which gathers a block's weights only while the block runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,22 +34,31 @@ Rope = tuple[Tensor, Tensor]
 Cross = tuple[Tensor, Tensor] | Tensor  # keys and values [B, T, H, K], or the context [B, T, D] they are made from
 
 
+# Up to this many distinct timesteps, a state keeps the sums of modulation rows for every block: 4.9 MB
+# per timestep at 14B. Beyond it, `denoise` adds them at each step.
+KEPT_LEVELS = 64
+
+
 class Pending(NamedTuple):
-    """An update of the residual x [B, L, D] still to be added: x + (gate_BFD[f] + gate_base_D) * y. y None: nothing."""
+    """An update still to be added to the residual x [B, L, D]: x + gate[f] * y. y None: none."""
 
     y_BLD: Tensor | None = None
     gate_BFD: Tensor | None = None
-    gate_base_D: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class DiTState:
-    """What `WanDiT.prepare` computes once for all steps. `rows_SBF` says which row of the tables each frame reads."""
+    """What `WanDiT.prepare` computes once for all steps.
+
+    `rows_SBF`: the row that each frame reads from the tables over R. `tables_R6D`: t_mod plus a
+    block's own row, one table per block; empty where the rows are added at each step.
+    """
 
     t_emb_RD: Tensor
     t_mod_R6D: Tensor
     rows_SBF: Tensor
-    cross: tuple[Cross, ...]  # per block
+    tables_R6D: tuple[Tensor, ...]
+    cross: tuple[Cross, ...]  # one per block
     weights_version: int
 
 
@@ -120,7 +132,7 @@ class FeedForward(nn.Sequential):
 
 
 class Block(nn.Module):
-    """One layer. `checkpoint`, where set, runs `compute` under autograd: it decides what the backward pass finds saved."""
+    """One layer. `checkpoint`, if set, runs `compute` under autograd and decides what is saved."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -134,7 +146,7 @@ class Block(nn.Module):
         self.checkpoint: Callable[..., tuple[Tensor, Pending]] | None = None
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Pending]:
-        """`compute`, under `checkpoint` where that is set and autograd records."""
+        """`compute`, through `checkpoint` if that is set and autograd records."""
         if self.checkpoint is None or not torch.is_grad_enabled():
             return self.compute(*inputs)
         return self.checkpoint(self.compute, *inputs)
@@ -143,32 +155,28 @@ class Block(nn.Module):
         self,
         x_BLD: Tensor,
         pending: Pending,
-        t_mod_BF6D: Tensor,
+        table_BF6D: Tensor,
         cross: Cross,
         rope: Rope,
         grid: Grid,
         backend: str = "auto",
         closed: bool = False,
     ) -> tuple[Tensor, Pending]:
-        """The residual stream before this block -> after it, its last update pending, or added if `closed`."""
-        frame, own = t_mod_BF6D.unbind(2), self.modulation[0].unbind()
-        x, n = self.residual_norm(
-            x_BLD,
-            pending.y_BLD,
-            pending.gate_BFD,
-            gate_base=pending.gate_base_D,
-            **_modulated(frame[:2], own[:2]),
-            eps=self.eps,
-        )
-        y = self.self_attn(n, rope, grid, backend)
-        affine = {"weight": self.norm3.weight, "bias": self.norm3.bias}
-        x, n = self.residual_norm(x, y, frame[2], gate_base=own[2], **affine, eps=self.eps)
-        y = self.cross_attn(n, cross, backend)
-        x, n = self.residual_norm(x, y, **_modulated(frame[3:5], own[3:5]), eps=self.eps)
-        y = self.ffn(n)
+        """The residual stream before this block -> after it, with its last update pending.
+
+        `closed`: the update is added, `cross` may be the context itself, and `table_BF6D` lacks
+        `modulation`, which is added here.
+        """
         if closed:
-            return ops.gated_residual(x, y, frame[5], own[5]), Pending()
-        return x, Pending(y, frame[5], own[5])
+            table_BF6D = table_BF6D + self.modulation
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table_BF6D.unbind(2)
+        x, n = self.residual_norm(x_BLD, *pending, shift=shift, scale=scale, eps=self.eps)
+        y = self.self_attn(n, rope, grid, backend)
+        x, n = self.residual_norm(x, y, gate, weight=self.norm3.weight, bias=self.norm3.bias, eps=self.eps)
+        y = self.cross_attn(n, cross, backend)
+        x, n = self.residual_norm(x, y, shift=ffn_shift, scale=ffn_scale, eps=self.eps)
+        y = self.ffn(n)
+        return (ops.gated_residual(x, y, ffn_gate), Pending()) if closed else (x, Pending(y, ffn_gate))
 
 
 class Head(nn.Module):
@@ -179,17 +187,11 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
 
     def forward(self, x_BLD: Tensor, pending: Pending, t_emb_BFD: Tensor) -> Tensor:
-        # One time vector for shift and scale alike: t_emb, not t_mod (spec 1.5).
-        modulated = _modulated((t_emb_BFD, t_emb_BFD), self.modulation[0].unbind())
-        y, gate, gate_base = pending
-        _, n = ops.residual_norm(x_BLD, y, gate, gate_base=gate_base, **modulated, eps=self.eps)
+        # Shift and scale start from one time vector: t_emb, not t_mod (spec 1.5).
+        shift, scale = (t_emb_BFD.unsqueeze(2) + self.modulation).unbind(2)
+        _, n = ops.residual_norm(x_BLD, *pending, shift=shift, scale=scale, eps=self.eps)
         out: Tensor = self.head(n)
         return out
-
-
-def _modulated(frame: Sequence[Tensor], own: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Arguments of a modulated norm, from (shift, scale) rows per frame and the module's own."""
-    return {"shift": frame[0], "shift_base": own[0], "scale": frame[1], "scale_base": own[1]}
 
 
 class WanDiT(nn.Module):
@@ -222,6 +224,11 @@ class WanDiT(nn.Module):
         self._initialise()
 
     @property
+    def networks(self) -> Mapping[str, WanDiT]:
+        """The networks of this denoiser by name; a pair of experts has two."""
+        return {"dit": self}
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
 
@@ -241,10 +248,11 @@ class WanDiT(nn.Module):
         timestep_BF = timestep.unsqueeze(-1).expand(B, F) if timestep.ndim == 1 else timestep.expand(B, F)
         return self.denoise(x_BCFhw, 0, self.prepare(timestep_BF.unsqueeze(0), context_BTE))
 
-    def prepare(self, timesteps: Tensor, contexts_BTE: Tensor) -> DiTState:
-        """Everything that does not depend on the latents, for S steps: modulation tables, cross-attention keys and values.
+    def prepare(self, timesteps: Tensor, contexts_BTE: Tensor, global_sigmas: Tensor | None = None) -> DiTState:
+        """What does not depend on the latents, for S steps: modulation tables, keys and values.
 
-        timesteps [S, F] (all batch items alike) or [S, B, F], in [0, 1000]; contexts [B, T, text_dim]. Raises ValueError.
+        timesteps [S, F] (all batch items alike) or [S, B, F], in [0, 1000]; contexts [B, T,
+        text_dim]. `global_sigmas` only matters to a pair of experts. Raises ValueError.
         """
         if contexts_BTE.ndim != 3 or contexts_BTE.shape[2] != self.config.text_dim:
             raise ValueError(f"context must be [B, T, text_dim={self.config.text_dim}], got {list(contexts_BTE.shape)}")
@@ -254,15 +262,18 @@ class WanDiT(nn.Module):
         timesteps_SBF = timesteps if timesteps.ndim == 3 else timesteps.unsqueeze(1).expand(-1, B, -1)
         t_emb_RD, t_mod_R6D, rows_SBF = self._time_tables(timesteps_SBF.to(self.device, torch.float32))
         context_BTD = self.text_embedding(contexts_BTE.to(self.device, self.dtype))
-        layers = [module for module in self.modules() if isinstance(module, CrossAttention)]
-        closed = self.closed_blocks or torch.is_grad_enabled()
-        cross = tuple(context_BTD if closed else layer.prepare(context_BTD) for layer in layers)
-        return DiTState(t_emb_RD, t_mod_R6D, rows_SBF, cross, self.weights_version)
+        closed = self._closed()
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        keep = not closed and len(t_mod_R6D) <= KEPT_LEVELS
+        tables = tuple(t_mod_R6D + block.modulation for block in blocks if keep)
+        cross = tuple(context_BTD if closed else block.cross_attn.prepare(context_BTD) for block in blocks)
+        return DiTState(t_emb_RD, t_mod_R6D, rows_SBF, tables, cross, self.weights_version)
 
     def denoise(self, x_BCFhw: Tensor, step: int, state: DiTState) -> Tensor:
         """Velocity at step `step` of a prepared run, in x's shape (out_channels for C) and dtype.
 
-        Raises ValueError for latents of another size than prepared for, RuntimeError for a state older than the weights.
+        Raises ValueError for latents of another size than prepared for, RuntimeError for a state
+        older than the weights.
         """
         if state.weights_version != self.weights_version:
             raise RuntimeError(
@@ -276,14 +287,21 @@ class WanDiT(nn.Module):
         if (x_BCFhw.shape[0], grid[0]) != (B, F):
             raise ValueError(f"x must have the batch {B} and the {F} frames prepared for, got {list(x_BCFhw.shape)}")
         rows_BF = state.rows_SBF[step]
-        t_mod_BF6D, t_emb_BFD = state.t_mod_R6D[rows_BF], state.t_emb_RD[rows_BF]
-        rope, closed = self._rope(grid, x_BCFhw.device), self.closed_blocks or torch.is_grad_enabled()
-        # Under autocast the products run in bf16 while the residual stream stays in the weights' dtype.
+        # Decided here, once: a checkpoint runs the block again in another gradient mode.
+        rope, closed = self._rope(grid, x_BCFhw.device), self._closed()
+        # Under autocast matmuls run in bf16 while the residual stream keeps the weights' dtype.
         x_BLD, pending = self._patchify(x_BCFhw.to(self.dtype)).to(self.dtype), Pending()
-        for block, cross in zip(self.blocks, state.cross, strict=True):
-            # Decided here, once: a checkpoint runs the block again in another gradient mode.
-            x_BLD, pending = block(x_BLD, pending, t_mod_BF6D, cross, rope, grid, self.attention_backend, closed)
-        return self._unpatchify(self.head(x_BLD, pending, t_emb_BFD), grid).to(x_BCFhw.dtype)
+        t_mod_BF6D = state.t_mod_R6D[rows_BF]
+        for index, (block, cross) in enumerate(zip(self.blocks, state.cross, strict=True)):
+            table_BF6D = t_mod_BF6D
+            if not closed:
+                kept = state.tables_R6D
+                table_BF6D = kept[index][rows_BF] if kept else t_mod_BF6D + block.get_parameter("modulation")
+            x_BLD, pending = block(x_BLD, pending, table_BF6D, cross, rope, grid, self.attention_backend, closed)
+        return self._unpatchify(self.head(x_BLD, pending, state.t_emb_RD[rows_BF]), grid).to(x_BCFhw.dtype)
+
+    def _closed(self) -> bool:
+        return self.closed_blocks or torch.is_grad_enabled()
 
     def _grid(self, x_BCFhw: Tensor) -> Grid:
         _, ph, pw = self.config.patch_size

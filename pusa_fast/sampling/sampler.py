@@ -5,61 +5,53 @@ Shapes: B batch, C channels, F latent frames, h/w latent size, L context length,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pusa_fast import ops
+from pusa_fast._lazy import lazy_names
 from pusa_fast.sampling.schedule import Schedule
 
 # Below this many tokens a clip, one forward of both halves of guidance is faster than two; above, it only costs memory.
 BATCH_TOKENS = 4096
+
+# The pair of experts is a model, but was first published here. Loaded when asked for: nothing here
+# may import a model.
+__getattr__, __dir__ = lazy_names(__name__, {"ExpertPair": "pusa_fast.model.experts"})
 
 Callback = Callable[[int, int, Tensor], None]
 Velocity = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 
 
 class Denoiser(Protocol):
-    """A velocity model: `prepare` makes what repeats over steps, `denoise` is one forward."""
+    """A velocity model: `prepare` computes what repeats over the steps, `denoise` is one forward."""
 
-    def prepare(self, timesteps: Tensor, contexts: Tensor) -> Any:
-        """State for timesteps [S,F] or [S,B,F] (float32, 0 to 1000, on the CPU) and contexts [B,L,D]."""
+    @property
+    def config(self) -> Any:
+        """Sizes of the model: `in_channels`, `out_channels`, `text_dim`, `patch_size`."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and residual stream."""
+
+    @property
+    def networks(self) -> Mapping[str, Any]:
+        """The networks behind it by name: one, or the experts that take turns."""
+
+    def prepare(self, timesteps: Tensor, contexts: Tensor, global_sigmas: Tensor | None = None) -> Any:
+        """State for timesteps [S,F] or [S,B,F] (float32, 0 to 1000, on the CPU) and contexts [B,L,D].
+
+        `global_sigmas` [S+1]: the schedule that the timesteps were lifted from (None: unknown).
+        """
 
     def denoise(self, x: Tensor, step: int, state: Any) -> Tensor:
         """Velocity of x [B,C,F,h,w] at row `step` of the timesteps, in x's dtype."""
-
-
-class ExpertPair:
-    """Wan2.2's two transformers as one denoiser: `low` for steps whose global sigma is below `boundary`, `high` before.
-
-    Condition frames, whatever their own level, go through the expert of their step (reference: `switch_DiT_boundary`, 0.875).
-    """
-
-    def __init__(self, high: Any, low: Any, boundary: float = 0.875) -> None:
-        if not 0 <= boundary <= 1:
-            raise ValueError(f"boundary is a noise level from 0 to 1; got {boundary!r}")
-        self.high, self.low, self.boundary = high, low, boundary
-        self.config, self.device = high.config, high.device
-
-    def prepare(self, timesteps: Tensor, contexts: Tensor, global_sigmas: Tensor | None = None) -> tuple[int, Any, Any]:
-        """(first step of `low`, state of `high`, state of `low`); each expert prepares its own steps only.
-
-        Without `global_sigmas` [S+1] the largest timestep of a step stands for its global level.
-        """
-        levels = timesteps.flatten(1).amax(1) / 1000 if global_sigmas is None else global_sigmas[: timesteps.shape[0]]
-        switch = int((levels >= self.boundary).sum())
-        high = self.high.prepare(timesteps[:switch], contexts) if switch else None
-        low = self.low.prepare(timesteps[switch:], contexts) if switch < timesteps.shape[0] else None
-        return switch, high, low
-
-    def denoise(self, x: Tensor, step: int, state: tuple[int, Any, Any]) -> Tensor:
-        switch, high, low = state
-        velocity: Tensor = (
-            self.high.denoise(x, step, high) if step < switch else self.low.denoise(x, step - switch, low)
-        )
-        return velocity
 
 
 def guidance_mode(guidance: float, tokens: int, context: Tensor, negative: Tensor | None) -> str:
@@ -70,9 +62,7 @@ def guidance_mode(guidance: float, tokens: int, context: Tensor, negative: Tenso
 
 
 def _prepare(denoiser: Denoiser, schedule: Schedule, contexts: Tensor) -> Any:
-    if isinstance(denoiser, ExpertPair):
-        return denoiser.prepare(schedule.timesteps, contexts, schedule.global_sigmas)
-    return denoiser.prepare(schedule.timesteps, contexts)
+    return denoiser.prepare(schedule.timesteps, contexts, schedule.global_sigmas)
 
 
 def _off(denoiser: Denoiser, schedule: Schedule, context: Tensor, negative: Tensor | None) -> Velocity:

@@ -1,7 +1,8 @@
-"""Checkpoints -> models: whose configuration it is, names to official, tensors into a module built without memory.
+"""Checkpoints -> models: find the configuration, translate names, fill a module built without memory.
 
-The module is built on the meta device and each stored tensor is put in its place, one at a time: nothing is held twice.
-Files kept in their own dtype on the CPU stay mapped; only packed projections are copied together.
+The module is built on the meta device and stored tensors are put in place one at a time, so nothing
+is held twice. Files kept in their own dtype on the CPU stay mapped; only packed projections are
+copied together.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import reduce
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -38,10 +39,10 @@ class Family(Generic[C]):
     build: Callable[[C], nn.Module]
     layout: Callable[[Iterable[str]], str | None]
     to_official: Callable[[Iterable[str]], dict[str, str]]
-    # Configuration fields as others write them -> ours; a mapping with all of `marks` is taken for this kind's.
+    # Configuration fields as others write them -> ours. A mapping with all of `marks` is of this kind.
     aliases: Mapping[str, str]
     marks: frozenset[str]
-    fingerprint: tuple[str, ...]  # tensors by whose shapes the nearest published model is recognised
+    fingerprint: Callable[[C], Shapes]  # shapes by which a published model is recognised
 
 
 def _dit_to_official(names: Iterable[str]) -> dict[str, str]:
@@ -52,13 +53,14 @@ DIT = Family(
     "a Wan transformer", files.DIT, DiTConfig, WanDiT, keymap.dit_layout, _dit_to_official,
     {"num_attention_heads": "num_heads", "in_dim": "in_channels", "out_dim": "out_channels"},
     frozenset({"num_heads", "num_layers", "ffn_dim"}),
-    ("patch_embedding.weight", "blocks.0.ffn.0.weight"),
+    lambda c: {"patch_embedding.weight": (c.dim, c.in_channels, *c.patch_size), "blocks.0.ffn.0.weight": (c.ffn_dim, c.dim)},
 )  # fmt: skip
 VAE = Family(
     "a Wan VAE", files.VAE, VAEConfig, WanVAE, keymap.vae_layout, keymap.vae_names_to_official,
     {"dim": "base_dim", "temperal_downsample": "temporal_downsample"},
     frozenset({"base_dim", "z_dim"}),
-    ("encoder.conv1.weight", "decoder.conv1.weight"),
+    lambda c: {"encoder.conv1.weight": (c.base_dim, 3, 3, 3, 3),
+               "decoder.conv1.weight": (c.base_dim * c.dim_mult[-1], c.z_dim, 3, 3, 3)},
 )  # fmt: skip
 
 
@@ -69,16 +71,19 @@ def load_dit(
     dtype: torch.dtype | None = None,
     precision: str | None = None,
 ) -> WanDiT:
-    """A transformer from a file, its shards, a directory or a state dict, in the official, diffusers or packed layout.
+    """A transformer from a file, its shards, a directory or a state dict.
 
-    dtype None keeps what is stored. The configuration is `config`, else the file's own or the config.json beside it,
-    else that of a published model with the same names and shapes. Tensors of a state dict are copied, never shared.
-    precision "fp8": the blocks' products on e4m3 rows (`model.fp8`), bfloat16 around them; lossy, inference only, and too
-    late for a LoRA, which goes on before (`Pipeline.from_pretrained` does both in order).
+    The layout may be official, diffusers or packed (ours). dtype None keeps what is stored. The
+    configuration is `config`, else the file's own or that of a config.json next to it, else that of
+    a published model with the same names and shapes. Tensors of a state dict are copied, never
+    shared. precision "fp8": the blocks' matmuls on e4m3 rows (`model.fp8`), bfloat16 around them;
+    lossy, inference only, and too late for a LoRA, which has to go on before
+    (`Pipeline.from_pretrained` does both in order).
 
-    Raises FileNotFoundError; ValueError for a damaged file, another kind of model, an image-input variant, quantised
-    tensors, an unknown configuration, for every tensor that is unknown, missing or of the wrong shape, and, before
-    anything is read, for a precision that does not exist or cannot run on `device`.
+    Raises FileNotFoundError; ValueError for a damaged file, another kind of model, an image-input
+    variant, quantised tensors, an unknown configuration, for every tensor that is unknown, missing
+    or of the wrong shape, and, before anything is read, for a precision that does not exist or
+    cannot run on `device`.
     """
     dtype = check_precision(precision, torch.device(device), dtype)
     dit = _load(DIT, WanDiT, path, config, device, dtype)
@@ -98,9 +103,10 @@ def load_vae(
 def load_text_encoder_state(
     path: StateSource, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """State dict of transformers' UMT5EncoderModel from the original release (.pth, safetensors) or transformers' own files.
+    """State dict of transformers' UMT5EncoderModel, from the original release or transformers' files.
 
-    Raises FileNotFoundError, or ValueError for a file that is damaged, quantised or no UMT5 encoder.
+    Raises FileNotFoundError, or ValueError for a file that is damaged, quantised or not a UMT5
+    encoder.
     """
     found = files.open_source(path, files.TEXT)
     _refuse_quantised(found, dtype)
@@ -110,10 +116,8 @@ def load_text_encoder_state(
         raise ValueError(f"{found.label} holds no UMT5 encoder: {listing(strange) or 'the final norm is missing'}")
     state = {to: _placed([found.tensors[name]], found, device, dtype) for name, to in names.items()}
     # One table under two names: transformers ties them, files keep either.
-    for name, other in (
-        ("shared.weight", "encoder.embed_tokens.weight"),
-        ("encoder.embed_tokens.weight", "shared.weight"),
-    ):
+    tied = ("shared.weight", "encoder.embed_tokens.weight")
+    for name, other in (tied, tied[::-1]):
         if other in state:
             state.setdefault(name, state[other])
     return state
@@ -219,11 +223,8 @@ def _parse(family: Family[C], raw: Mapping[str, Any], where: str) -> C | None:
     values = {family.aliases.get(name, name): value for name, value in {**derived, **raw}.items()}
     if not family.marks <= values.keys():
         return None
-    if (
-        values.get("model_type") in ("i2v", "flf2v", "vace")
-        or values.get("image_dim")
-        or values.get("added_kv_proj_dim")
-    ):
+    image = values.get("model_type") in ("i2v", "flf2v", "vace")
+    if image or values.get("image_dim") or values.get("added_kv_proj_dim"):
         raise ValueError(f"{where} describes an image-input variant, which is not supported: use the T2V checkpoint")
     fields = {field.name for field in dataclasses.fields(family.config)}
     try:
@@ -232,45 +233,24 @@ def _parse(family: Family[C], raw: Mapping[str, Any], where: str) -> C | None:
         raise ValueError(f"{where}: incomplete configuration of {family.what} ({error})") from error
 
 
-@lru_cache(maxsize=16)
-def _published_shapes(name: str) -> Shapes:
-    config = MODELS[name]
-    with torch.device("meta"):
-        module = WanDiT(config) if isinstance(config, DiTConfig) else WanVAE(config)
-    return {n: tuple(p.shape) for n, p in keymap.unpack(module.state_dict()).items()}
-
-
 def _published(family: Family[C], stored: dict[str, Stored], label: str) -> C:
-    """The published model with these names and shapes. One of the same sizes is taken too: what differs is named later."""
-    unpacked = _official_shapes(stored)
-    depth = _depth(unpacked)
-    for name, config in MODELS.items():
-        if isinstance(config, family.config):
-            known = _published_shapes(name)
-            if depth == _depth(known) and all(unpacked.get(n) == known[n] for n in family.fingerprint):
-                return config
-    raise ValueError(f"{label} matches no published model and carries no configuration: {_advice(family, unpacked)}")
+    """The published model of these sizes. Tensors that it lacks or has too many are named later."""
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    for config in (config for config in MODELS.values() if isinstance(config, family.config)):
+        same_depth = getattr(config, "num_layers", 0) == _depth(shapes)
+        if same_depth and family.fingerprint(config).items() <= shapes.items():
+            return config
+    raise ValueError(f"{label} matches no published model and carries no configuration: {_advice(family, shapes)}")
 
 
-def _official_shapes(stored: Mapping[str, Stored]) -> Shapes:
-    shapes: Shapes = {}
-    for name, tensor in stored.items():
-        parts = keymap.packed_parts(name)
-        rows = tuple(size // len(parts) for size in tensor.shape[:1])
-        shapes |= dict.fromkeys(parts, (*rows, *tensor.shape[1:]))
-    return shapes
-
-
-def _depth(shapes: Iterable[str]) -> int:
-    return 1 + max((int(n.split(".")[1]) for n in shapes if n.startswith("blocks.")), default=-1)
+def _depth(names: Iterable[str]) -> int:
+    return 1 + max((int(n.split(".")[1]) for n in names if n.startswith("blocks.")), default=-1)
 
 
 def _advice(family: Family[C], shapes: Shapes) -> str:
     """What to pass; the number of heads is the one thing that shapes do not tell."""
-    patch, ffn, text = (
-        shapes.get(n, ()) for n in ("patch_embedding.weight", "blocks.0.ffn.0.weight", "text_embedding.0.weight")
-    )
-    time, head = (shapes.get(n, ()) for n in ("time_embedding.0.weight", "head.head.weight"))
+    names = ("patch_embedding", "blocks.0.ffn.0", "text_embedding.0", "time_embedding.0", "head.head")
+    patch, ffn, text, time, head = (shapes.get(f"{name}.weight", ()) for name in names)
     if family.config is VAEConfig or not (len(patch) == 5 and ffn and text and time and head):
         return f"pass config={family.config.__name__}(...)"
     return (
@@ -312,19 +292,14 @@ def _fill(
 
 def _placed(parts: list[Stored], found: Source, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
     """The stored rows, one below the other, on `device` in `dtype` (None: theirs)."""
-    device = torch.device(device)
-    kind = dtype or parts[0].dtype
-    for part in parts[1:]:
-        kind = dtype or torch.promote_types(kind, part.dtype)
-    if device.type == "meta":
-        return torch.empty((sum(p.shape[0] for p in parts), *parts[0].shape[1:]), dtype=kind, device=device)
-    if len(parts) == 1:
-        return _read(parts[0], found).to(device, kind, copy=found.shared).contiguous()
-    out = torch.empty((sum(p.shape[0] for p in parts), *parts[0].shape[1:]), dtype=kind, device=device)
-    row = 0
-    for part in parts:
-        out[row : row + part.shape[0]] = _read(part, found)
-        row += part.shape[0]
+    dtype = dtype or reduce(torch.promote_types, (part.dtype for part in parts))
+    if len(parts) == 1 and torch.device(device).type != "meta":
+        return _read(parts[0], found).to(device, dtype, copy=found.shared).contiguous()
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) if len(parts) > 1 else parts[0].shape
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if not out.is_meta:
+        for rows, part in zip(torch.split(out, [part.shape[0] for part in parts]), parts, strict=True):
+            rows.copy_(_read(part, found))
     return out
 
 
@@ -335,19 +310,16 @@ def _read(part: Stored, found: Source) -> Tensor:
     return tensor
 
 
-def config_metadata(config: DiTConfig | VAEConfig) -> dict[str, str]:
-    """safetensors metadata from which `load_dit` and `load_vae` know the configuration."""
-    return {"config": json.dumps(dataclasses.asdict(config))}
-
-
 def save(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     config: DiTConfig | VAEConfig | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file that loads without a config beside it; `keymap.unpack(model.state_dict())` has official names.
+    """Write a safetensors file whose metadata holds the configuration that `load_dit`, `load_vae` need.
 
-    The file appears under its name only when complete. Raises FileNotFoundError when its directory is not there.
+    `keymap.unpack(model.state_dict())` has official names. The file appears under its name only when
+    complete. Raises FileNotFoundError if its directory does not exist.
     """
-    files.save(path, tensors, {**(config_metadata(config) if config else {}), **(metadata or {})})
+    own = {"config": json.dumps(dataclasses.asdict(config))} if config else {}
+    files.save(path, tensors, own | dict(metadata or {}))

@@ -1,8 +1,9 @@
-"""Names of the same weights in every file layout, as tables; and which rows of a packed tensor they are.
+"""Names of the same weights in every file layout, as tables, and their rows in packed tensors.
 
-"Official" names are those of the Wan release: every other layout is translated to them. The model itself holds
-`self_attn.{q,k,v}` as one `self_attn.qkv` and `cross_attn.{k,v}` as one `cross_attn.kv` (`PACKED`).
-Sources: Wan2.1 wan/modules/{model,vae,t5}.py; diffusers scripts/convert_wan_to_diffusers.py.
+"Official" names are those of the Wan release: every other layout is translated to them. The model
+itself holds `self_attn.{q,k,v}` as one `self_attn.qkv` and `cross_attn.{k,v}` as one `cross_attn.kv`
+(`PACKED`). Sources: Wan2.1 wan/modules/{model,vae,t5}.py; diffusers
+scripts/convert_wan_to_diffusers.py.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from functools import lru_cache
 
 import torch
 
-# Wrappers (DeepSpeed, Lightning, PEFT, torch.compile, DDP) and containers (ComfyUI, diffusers, the reference's pipeline)
-# in front of a weight's own name, in any combination. No weight's own name starts with one of these.
+# Wrappers (DeepSpeed, Lightning, PEFT, torch.compile, DDP) and containers (ComfyUI, diffusers, the
+# reference's pipeline) in front of a weight's own name, in any combination. No weight's own name
+# starts with one of these.
 _PREFIX = re.compile(
     r"(?:(?:_forward_module|_orig_mod|module|pipe|dit|model|diffusion_model|base_model|transformer|first_stage_model|vae)\.)+"
 )
 
-# (official, diffusers); `{}` is the number of the block. Linear and normalisation modules of the transformer.
+# (official, diffusers); `{}` is the number of the block. Linear and norm modules of the transformer.
+_ATTENTION = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q",) * 2, ("norm_k",) * 2)
 DIT_MODULES: tuple[tuple[str, str], ...] = (
     ("patch_embedding", "patch_embedding"),
     ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
@@ -28,18 +31,8 @@ DIT_MODULES: tuple[tuple[str, str], ...] = (
     ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
     ("time_projection.1", "condition_embedder.time_proj"),
     ("head.head", "proj_out"),
-    ("blocks.{}.self_attn.q", "blocks.{}.attn1.to_q"),
-    ("blocks.{}.self_attn.k", "blocks.{}.attn1.to_k"),
-    ("blocks.{}.self_attn.v", "blocks.{}.attn1.to_v"),
-    ("blocks.{}.self_attn.o", "blocks.{}.attn1.to_out.0"),
-    ("blocks.{}.self_attn.norm_q", "blocks.{}.attn1.norm_q"),
-    ("blocks.{}.self_attn.norm_k", "blocks.{}.attn1.norm_k"),
-    ("blocks.{}.cross_attn.q", "blocks.{}.attn2.to_q"),
-    ("blocks.{}.cross_attn.k", "blocks.{}.attn2.to_k"),
-    ("blocks.{}.cross_attn.v", "blocks.{}.attn2.to_v"),
-    ("blocks.{}.cross_attn.o", "blocks.{}.attn2.to_out.0"),
-    ("blocks.{}.cross_attn.norm_q", "blocks.{}.attn2.norm_q"),
-    ("blocks.{}.cross_attn.norm_k", "blocks.{}.attn2.norm_k"),
+    *((f"blocks.{{}}.self_attn.{official}", f"blocks.{{}}.attn1.{diffusers}") for official, diffusers in _ATTENTION),
+    *((f"blocks.{{}}.cross_attn.{official}", f"blocks.{{}}.attn2.{diffusers}") for official, diffusers in _ATTENTION),
     ("blocks.{}.norm3", "blocks.{}.norm2"),
     ("blocks.{}.ffn.0", "blocks.{}.ffn.net.0.proj"),
     ("blocks.{}.ffn.2", "blocks.{}.ffn.net.2"),
@@ -65,9 +58,9 @@ _DIT_MARKS = {
     "official": re.compile(r"^time_projection\.|^head\.head\.|\.self_attn\.q\."),
 }
 _VAE_MARKS = {
-    "official": re.compile(r"encoder\.downsamples\.\d+\.(residual|resample|shortcut|time_conv)"),
-    "diffusers": re.compile(r"encoder\.down_blocks\.\d+\.(norm1|conv1|resample|time_conv)"),
-    "wan2.2": re.compile(r"encoder\.(downsamples\.\d+\.downsamples|down_blocks\.\d+\.(resnets|downsampler))\."),
+    "official": re.compile(r"^encoder\.downsamples\.\d+\.(residual|resample|shortcut|time_conv)"),
+    "diffusers": re.compile(r"^encoder\.down_blocks\.\d+\.(norm1|conv1|resample|time_conv)"),
+    "wan2.2": re.compile(r"^encoder\.(downsamples\.\d+\.downsamples|down_blocks\.\d+\.(resnets|downsampler))\."),
 }
 _NUMBER = re.compile(r"(?<=^blocks\.)\d+(?=\.)")
 _DIT_OFFICIAL = {diffusers: official for official, diffusers in (*DIT_MODULES, *DIT_TABLES)}
@@ -134,24 +127,27 @@ def dit_to_diffusers(name: str) -> str:
     return _translate(name, _DIT_DIFFUSERS)
 
 
-def dit_layout(names: Iterable[str]) -> str | None:
-    """'official', 'diffusers' or 'packed' (ours), by the names that only one of them has; None for anything else."""
+def _layout(names: Iterable[str], marks: Mapping[str, re.Pattern[str]]) -> str | None:
     own = [strip_prefix(name) for name in names]
-    return next((layout for layout, mark in _DIT_MARKS.items() if any(mark.search(name) for name in own)), None)
+    return next((layout for layout, mark in marks.items() if any(mark.search(name) for name in own)), None)
+
+
+def dit_layout(names: Iterable[str]) -> str | None:
+    """'official', 'diffusers' or 'packed' (ours), by names that only one of them has; else None."""
+    return _layout(names, _DIT_MARKS)
 
 
 def vae_layout(names: Iterable[str]) -> str | None:
-    """'official' or 'diffusers' for the Wan2.1 VAE; 'wan2.2' for the VAE of the 5B model; None for anything else."""
-    own = [strip_prefix(name) for name in names]
-    return next((layout for layout, mark in _VAE_MARKS.items() if any(mark.match(name) for name in own)), None)
+    """'official' or 'diffusers' for the Wan2.1 VAE; 'wan2.2' for that of the 5B model; else None."""
+    return _layout(names, _VAE_MARKS)
 
 
 @lru_cache(maxsize=8)
 def _vae_table(levels: int, num_res_blocks: int) -> dict[str, str]:
     """official -> diffusers, module by module, for a VAE of `levels` entries in dim_mult.
 
-    Diffusers numbers the encoder's layers straight through as the release does, but groups the decoder's into up_blocks
-    of num_res_blocks + 1 residual blocks and an upsampler.
+    diffusers numbers the encoder's layers straight through as the release does, but groups those of
+    the decoder into up_blocks of num_res_blocks + 1 residual blocks and an upsampler.
     """
     table = dict(_VAE_FIXED)
     blocks = {
@@ -181,12 +177,9 @@ def vae_names_to_official(names: Iterable[str]) -> dict[str, str]:
     stored = {name: strip_prefix(name) for name in names}
     if vae_layout(stored) != "diffusers":
         return stored
-    ups = [
-        (int(m[1]), int(m[2]))
-        for m in map(re.compile(r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.").match, stored.values())
-        if m
-    ]
-    levels, per_level = (1 + max(column, default=0) for column in zip(*ups, strict=True)) if ups else (1, 1)
+    found = (re.match(r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.", own) for own in stored.values())
+    ups = [(int(match[1]), int(match[2])) for match in found if match]
+    levels, per_level = (1 + max(column) for column in zip(*ups, strict=True)) if ups else (1, 1)
     back = {diffusers: official for official, diffusers in _vae_table(levels, per_level - 1).items()}
     return {name: _look_up(own, back) for name, own in stored.items()}
 
@@ -197,12 +190,12 @@ def vae_to_diffusers(name: str, levels: int, num_res_blocks: int) -> str:
 
 
 def umt5_to_transformers(name: str) -> str:
-    """transformers' UMT5EncoderModel name of an encoder parameter of the original release; its own names pass unchanged."""
+    """transformers' UMT5EncoderModel name of a parameter of the original release; its own pass unchanged."""
     return _translate(strip_prefix(name), _UMT5)
 
 
 def packed_parts(name: str) -> tuple[str, ...]:
-    """Official names whose rows, in this order, make up one of our parameters; a name that is not packed stands for itself."""
+    """Official names whose rows, in this order, make up one of our parameters: itself if not packed."""
     for packed, parts in PACKED.items():
         before, found, leaf = name.partition(f".{packed}.")
         if found:
@@ -212,7 +205,7 @@ def packed_parts(name: str) -> tuple[str, ...]:
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], rename: Callable[[str], str] = str) -> dict[str, torch.Tensor]:
-    """Our state dict -> official names (views of the packed rows); `rename` then translates, e.g. `dit_to_diffusers`."""
+    """Our state dict -> official names, as views; `rename` then translates, e.g. `dit_to_diffusers`."""
     out: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         parts = packed_parts(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pusa_fast import ops
 from pusa_fast.config import DiTConfig
-from pusa_fast.model.dit import WanDiT, sinusoid
+from pusa_fast.model.dit import KEPT_LEVELS, WanDiT, sinusoid
 from pusa_fast.testing import make_input, relative_error
 from pusa_fast.weights import load_dit
 
@@ -158,6 +160,49 @@ def test_a_time_row_does_not_depend_on_its_neighbours() -> None:
         assert all(torch.equal(a, b) for a, b in zip(alone, other, strict=True))
     state = dit.prepare(torch.full((6, 9), 5.0), make_input(2, 2, TINY.text_dim))
     assert len(state.t_mod_R6D) == 1  # each distinct timestep once
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("levels", "kept"), [(KEPT_LEVELS, True), (KEPT_LEVELS + 1, False)])
+def test_modulation_sums_are_kept_up_to_a_limit_with_equal_bits_on_both_sides(
+    dtype: torch.dtype, levels: int, kept: bool
+) -> None:
+    dit = tiny_dit().to(dtype)
+    x, _, context = tiny_inputs(B=1)
+    timesteps_SF = torch.linspace(1000, 0, levels)[torch.arange(3 * 40).view(40, 3) % levels]
+    state = dit.prepare(timesteps_SF, context)
+    assert len(state.t_mod_R6D) == levels and len(state.tables_R6D) == (TINY.num_layers if kept else 0)
+    for step in (0, 21, 39):
+        assert torch.equal(dit.denoise(x, step, state), dit(x, timesteps_SF[step : step + 1], context))
+
+
+@torch.no_grad()
+def test_closed_blocks_add_their_own_modulation_with_equal_bits() -> None:
+    """As FSDP runs them: nothing of a block's weights is used before the block runs."""
+    dit = tiny_dit()
+    x, timestep, context = tiny_inputs()
+    expected, open_state = dit(x, timestep, context), dit.prepare(timestep.unsqueeze(0), context)
+    dit.closed_blocks = True
+    state = dit.prepare(timestep.unsqueeze(0), context)
+    assert state.tables_R6D == () and not isinstance(state.cross[0], tuple)
+    assert torch.equal(dit.denoise(x, 0, state), expected)
+    assert torch.equal(dit.denoise(x, 0, open_state), expected), "sums kept before are not added to again"
+
+
+def test_gradients_of_the_modulation(ops_backend: str) -> None:
+    x, timestep, context = tiny_inputs()
+    grads: dict[torch.dtype, dict[str, Tensor]] = {}
+    for dtype in (torch.float32, torch.float64):
+        with ops.use("reference") if dtype == torch.float64 else nullcontext():
+            dit = tiny_dit().to(dtype)
+            dit(x.to(dtype), timestep, context.to(dtype)).square().sum().backward()
+        grads[dtype] = {
+            name: p.grad for name, p in dit.named_parameters() if "modulation" in name and p.grad is not None
+        }
+    assert len(grads[torch.float32]) == TINY.num_layers + 1
+    for name, exact in grads[torch.float64].items():
+        assert relative_error(grads[torch.float32][name], exact) < 1e-5, name
 
 
 @torch.no_grad()

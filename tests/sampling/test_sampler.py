@@ -27,12 +27,15 @@ class Fake:
 
     config: Any = None
     device: Any = "cpu"
+    dtype: Any = torch.float32
 
     def __post_init__(self) -> None:
         self.prepared: list[tuple[Tensor, Tensor]] = []
         self.steps: list[tuple[int, int]] = []
 
-    def prepare(self, timesteps: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(
+        self, timesteps: Tensor, contexts: Tensor, global_sigmas: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         self.prepared.append((timesteps, contexts))
         return timesteps, contexts.mean((1, 2))
 
@@ -216,11 +219,6 @@ def test_experts_give_what_one_model_gives() -> None:
     pair = ExpertPair(dit, dit)
     assert pair.config is CONFIG and pair.device == dit.device
     assert torch.equal(sample(pair, x, schedule, *texts, 4.0), sample(dit, x, schedule, *texts, 4.0))
-
-
-def test_boundary_is_a_level() -> None:
-    with pytest.raises(ValueError, match="boundary is a noise level from 0 to 1; got 875"):
-        ExpertPair(Fake(), Fake(), boundary=875)
 
 
 def test_a_rolling_window_needs_only_its_matrix() -> None:
