@@ -52,8 +52,8 @@ class Pipeline:
     """Text and given frames to video, on one device. Threads may share one: each run has its own record.
 
     Attributes: `dit`, `vae`, `text_encoder`; `geometry`; `defaults`, what None means in a request (and the model's fps);
-    `spec`, its model.json; `files`, where it was loaded from (None: built by hand); `loras`, handles by path; `last_run`, the
-    record of the run that began last.
+    `spec`, its model.json; `files`, where it was loaded from (None: built by hand); `loras`, handles by path, or by
+    (expert, path); `last_run`, the record of the run that began last.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Pipeline:
         self.defaults: dict[str, Any] = {**WAN_DEFAULTS, **defaults}
         self.files: ModelFiles | None = None
         self.spec: Mapping[str, Any] = {}
-        self.loras: dict[Path, Any] = {}
+        self.loras: dict[Path | tuple[str, Path], Any] = {}
         self.last_run: dict[str, Any] = {}
 
     @property
@@ -89,34 +89,31 @@ class Pipeline:
     ) -> Pipeline:
         """Load "nano" or a model directory (layouts: `weights/pretrained.py`).
 
-        `lora`: {path: strength}; None: the model's own, {}: none. `device` None: a GPU where there is one. `dtype` None: bfloat16
-        on a GPU, float32 on the CPU. `precision`: see `load_dit`; with one, LoRAs are merged for good first. The VAE runs in `dtype` on a GPU, in float32 on the CPU.
-        Raises ValueError for a path that is no model and for names that are unknown, before any weights are read.
+        `lora`: {path: strength}, or of two experts {"high": {path: strength}, "low": ..., "both": ...}; None: the model's own,
+        {}: none. `device` None: a GPU where there is one. `dtype` None: bfloat16 on a GPU, float32 on the CPU. `precision`: see
+        `load_dit`; with one, LoRAs are merged for good first. The VAE runs in `dtype` on a GPU, in float32 on the CPU.
+        Raises ValueError for a path that is not a model and for names that are unknown, before any weights are read.
         """
         from pusa_fast.attention import resolve
         from pusa_fast.model.fp8 import check_precision, quantize
         from pusa_fast.weights import apply_lora, load_dit, load_vae
+        from pusa_fast.weights.lora import resolve_experts
 
         files = find_model(model)
-        wanted = files.loras if lora is None else {Path(path): strength for path, strength in lora.items()}
-        for path, strength in wanted.items():
-            if not path.exists():
-                raise ValueError(f"LoRA {path} does not exist: give the path of a .safetensors or .pt file")
-            if not math.isfinite(strength):
-                raise ValueError(f"LoRA {path}: strength must be a number, got {strength!r}")
+        wanted = resolve_experts(files.loras if lora is None else lora, files.networks)
         where = resolve_device(device)
         kind = check_precision(precision, where, dtype) or default_dtype(where)
         resolve(attention, where, kind)
 
         dit = load_dit(files.dit, device=where, dtype=kind)
-        dit.attention_backend = attention
+        for network in dit.networks.values():
+            network.attention_backend = attention
         vae = load_vae(files.vae, device=where, dtype=kind if where.type == "cuda" else torch.float32)
         pipe = cls(dit.eval(), vae.eval(), load_text_encoder(files, where, kind), defaults=files.defaults)
         pipe.files, pipe.spec = files, files.spec
-        pipe.loras = {
-            path: apply_lora(dit, path, strength=strength, keep_base=precision is None)
-            for path, strength in wanted.items()
-        }
+        for experts, path, strength in wanted:
+            handle = apply_lora(dit, path, strength=strength, experts=experts, keep_base=precision is None)
+            pipe.loras[path if experts is None else (experts, path)] = handle
         if precision is not None:
             quantize(dit)
         return pipe

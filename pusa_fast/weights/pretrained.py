@@ -55,6 +55,7 @@ class ModelFiles:
     loras: Mapping[Path, float] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=lambda: WAN_DEFAULTS)
     spec: Mapping[str, Any] = field(default_factory=dict)
+    networks: tuple[str, ...] = ("dit",)  # of the denoiser; two experts have two
 
 
 def find_model(model: str | os.PathLike[str]) -> ModelFiles:

@@ -182,6 +182,8 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "folder without pictures": (["--video", "holiday", "--keep", "0"], ["holiday", "without PNG"]),
     "missing LoRA": (["--lora", "none.safetensors:1.4"], ["none.safetensors", "does not exist"]),
     "LoRA of no strength": (["--lora", "x.safetensors:nan"], ["nan"]),
+    "LoRA of one expert and of all": (["--lora", "high=x.pt", "--lora", "y.pt"], ["high=x.pt", "before each path"]),
+    "LoRA for an expert of a single model": (["--lora", "low=first.png:0.5"], ["no experts", "low"]),
     "none and a LoRA": (["--lora", "none", "--lora", "x.safetensors"], ["none"]),
     "output of another kind": (["--out", "clip.avi"], ["clip.avi", ".mp4"]),
     "output into nowhere": (["--out", "nowhere/clip.mp4"], ["nowhere", "does not exist"]),
