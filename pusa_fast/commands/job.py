@@ -17,6 +17,7 @@ from pusa_fast.model.vae.tiling import TILINGS
 from pusa_fast.options import GenerateOptions, declared
 from pusa_fast.request import CheckedRequest, Request
 from pusa_fast.sampling import task
+from pusa_fast.weights.lora import resolve_experts
 from pusa_fast.weights.pretrained import ModelFiles, find_model, model_geometry
 
 # Where a dictionary says the choices of an option of a record; the command line knows them from the options' types.
@@ -92,7 +93,7 @@ def prepare(options: GenerateOptions) -> Job:
         media = MediaPlan.from_json(known, fps)
     backend = str(chosen("attention", "auto"))
     attention.resolve(backend, chosen("device"))
-    lora = _existing(known.get("lora") if options.lora is None else parse_loras(options.lora))
+    lora = _checked(known.get("lora") if options.lora is None else parse_loras(options.lora), files)
     targets = tuple(_targets(str(chosen("out", "clip.mp4")), seeds, fps, options.overwrite, media))
     request = Request(
         prompt=chosen("prompt"), negative_prompt=chosen("negative", files.defaults["negative_prompt"]),
@@ -167,19 +168,15 @@ def parse_loras(texts: list[str]) -> dict[str, Any]:
     return found.get("") or found
 
 
-def _existing(lora: Any) -> Mapping[str, Any] | None:
-    """`lora` as `parse_loras` gives it, or as recorded, its files looked for."""
+def _checked(lora: Any, files: ModelFiles) -> Mapping[str, Any] | None:
+    """`lora` as `parse_loras` gives it, or as recorded, checked against the model's networks; its files must exist."""
     if lora is None:
         return None
-    groups = (
-        lora.values() if isinstance(lora, dict) and lora and all(isinstance(v, dict) for v in lora.values()) else [lora]
-    )
-    for group in groups:
+    groups = [files for files in lora.values() if isinstance(files, dict)] if isinstance(lora, dict) else [lora]
+    for group in groups or [lora]:
         if not isinstance(group, dict) or not all(isinstance(strength, (int, float)) for strength in group.values()):
             raise ValueError(f"lora {lora!r} is not understood: it must map paths to strengths")
-        for path in group:
-            if not os.path.isfile(path):
-                raise FileNotFoundError(f"LoRA {path} does not exist: give a .safetensors or .pt file, or --lora none")
+    resolve_experts(lora, files.networks)
     checked: Mapping[str, Any] = lora
     return checked
 
