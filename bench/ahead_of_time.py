@@ -28,6 +28,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.errors import TritonError
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -351,23 +352,27 @@ def resources(compiled: Any) -> Resources:
 def measure(
     archs: Iterable[int] = ARCHS, models: Iterable[str] = (*MODELS, *STAGES), ops: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
-    """One record per kernel that a case launches: what it is, its warps, its `Resources`. No ops: all of them."""
-    wanted, found = set(ops), []
+    """One record per kernel that a case launches: what it is, its warps, its `Resources`. No ops: all of them.
+
+    A case that does not compile gives a record with the compiler's `error` instead.
+    """
+    wanted, found, failed = set(ops), [], []
     for arch, name in itertools.product(archs, models):
         model = STAGES[name] if name in STAGES else MODELS[name]
         for case in cases_of(model):
             if (wanted and case.op not in wanted) or (case.fp8 and arch < 89):
                 continue
-            with compiling(arch) as launches:
-                case.call(model)
+            about = {"op": case.op, "variant": case.variant, "model": name, "arch": arch}
+            try:
+                with compiling(arch) as launches:
+                    case.call(model)
+            except (TritonError, RuntimeError) as error:  # passes of the compiler raise plain RuntimeErrors
+                failed.append(about | {"error": f"{type(error).__name__}: {error}"})
+                continue
             if not launches:
                 raise RuntimeError(f"{case.op} ({case.variant}) launched no kernel")
             for number, compiled in enumerate(dict.fromkeys(launches)):
-                record = {
-                    "op": case.op,
-                    "variant": case.variant,
-                    "model": name,
-                    "arch": arch,
+                record = about | {
                     "launch": number,  # of this case
                     "kernel": compiled.metadata.name,
                     "dim": model.dim,
@@ -380,11 +385,13 @@ def measure(
     kernels = list(dict.fromkeys(compiled for _, compiled in found))  # variants share some
     with ThreadPoolExecutor() as pool:  # most of the time goes to the disassembler, a process of its own
         read = dict(zip(kernels, pool.map(resources, kernels), strict=True))
-    return [record | asdict(read[compiled]) for record, compiled in found]
+    return [record | asdict(read[compiled]) for record, compiled in found] + failed
 
 
 def faults(record: dict[str, Any]) -> list[str]:
-    """Why a kernel would be slow or not launch at all: spills, shared memory, registers of one block."""
+    """Why a kernel would be slow or not launch at all: no code, spills, shared memory, registers of one block."""
+    if "error" in record:
+        return [f"does not compile: {record['error'].strip().splitlines()[-1]}"]
     # Registers are handed out to a warp in units of 256.
     block = -(-record["registers"] * 32 // 256) * 256 * record["warps"]
     limit = SHARED_LIMIT[record["arch"]]
@@ -398,6 +405,7 @@ def faults(record: dict[str, Any]) -> list[str]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: a line per kernel, variant and model, with the registers on each GPU and the most of all else."""
+    records = [record for record in records if "error" not in record]
     archs = sorted({record["arch"] for record in records})
     lines = [
         f"| kernel | op: variant | model | warps | registers, sm_{'/'.join(map(str, archs))} | spills | shared, B "
@@ -433,7 +441,8 @@ def main() -> int:
     print(table(records))
     bad = [(r, found) for r in records if (found := faults(r))]
     for r, found in bad:
-        print(f"{r['kernel']} ({r['op']}: {r['variant']}, {r['model']}, sm_{r['arch']}): {'; '.join(found)}")
+        where = f"{r['op']}: {r['variant']}, {r['model']}, sm_{r['arch']}"
+        print(f"{r.get('kernel', 'kernel')} ({where}): {'; '.join(found)}")
     return 1 if bad else 0
 
 

@@ -24,17 +24,18 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pusa_fast.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import av  # at run time only where a video is read or written
 
 Array = NDArray[np.uint8]
 PathLike = str | os.PathLike[str]
@@ -43,17 +44,12 @@ MAX_PIXELS = 89_478_485  # of one picture or frame: Pillow's own limit against d
 PICTURE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _GIF_RATE = 50  # frames per second
 FIT_MODES = ("crop", "pad", "stretch")
-_SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+_SCALING = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT
 _TEXT = ("tty", "bin", "xbin", "adf", "idf")  # FFmpeg plays any text file as terminal art
-# FFmpeg's codes for the matrix of a file's colours; other codes, such as "unspecified", are guessed from the size.
-_MATRICES = {
-    1: Colorspace.ITU709,
-    4: Colorspace.FCC,
-    7: Colorspace.SMPTE240M,
-    9: Colorspace.BT2020,
-    10: Colorspace.BT2020,
-}
-_MATRICES |= dict.fromkeys((5, 6), Colorspace.ITU601)
+# FFmpeg's codes for the matrix of a file's colours -> PyAV's names; other codes, such as "unspecified", are guessed from the size.
+_MATRICES = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}
+_TIME_BASE = 1_000_000  # FFmpeg's AV_TIME_BASE: a container's units of time in a second
+_LIMITED_RANGE = 1  # FFmpeg's AVCOL_RANGE_MPEG: luma from 16 to 235
 _BT709 = 1  # the code of BT.709 for matrix, transfer and primaries alike
 # What Pillow raises for a damaged file, besides OSError: its parsers let struct, zlib and index errors through.
 _DAMAGED = (
@@ -161,6 +157,8 @@ def _pictures(folder: PathLike) -> list[Path]:
 @contextmanager
 def _opened(path: PathLike) -> Iterator[tuple[Any, Any]]:
     """(container, video stream); FFmpeg's errors become ValueErrors that name the file."""
+    import av
+
     with open(path, "rb") as file:  # the plain errors (missing, forbidden) come from here
         if not (start := file.read(3)):
             raise ValueError(f"{path} is empty: give a video file")
@@ -213,12 +211,12 @@ def _promised(container: Any, stream: Any, start: Fraction) -> Fraction | None:
     if tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
         return 3600 * int(tag[1]) + 60 * int(tag[2]) + Fraction(tag[3])
     alone = len(container.streams) == 1 and container.duration is not None
-    return Fraction(container.duration, av.time_base) if alone else None
+    return Fraction(container.duration, _TIME_BASE) if alone else None
 
 
 def _upright(frame: av.VideoFrame) -> Array:
     """RGB [H,W,3] with the file's matrix (BT.709 where an HD file does not say) and its quarter turns."""
-    matrix = _MATRICES.get(frame.colorspace, Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601)
+    matrix = _MATRICES.get(frame.colorspace, "ITU709" if frame.height >= 720 else "ITU601")
     rgb = frame.reformat(format="rgb24", src_colorspace=matrix, interpolation=_SCALING, threads=1).to_ndarray()
     return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)), dtype=np.uint8)
 
@@ -397,8 +395,10 @@ def encode_video(temporary: Path, path: PathLike, frames: Tensor | Iterable[Arra
     write = _write_pngs if _is_folder(path) else _WRITERS[os.path.splitext(path)[1].lower()]
     try:
         write(temporary, itertools.chain([first], arrays), rate)
-    except av.FFmpegError as error:  # its code is that of the system where the disk was full or forbidden
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+    except OSError as error:
+        if error.filename == os.fspath(temporary):
+            error.filename = os.fspath(path)
+        raise
 
 
 @contextmanager
@@ -436,8 +436,22 @@ def _is_folder(path: PathLike) -> bool:
     return os.fspath(path).endswith(("/", os.sep)) or os.path.isdir(path)
 
 
+@contextmanager
+def _new_mp4(path: Path) -> Iterator[Any]:
+    """A container to write into. FFmpeg's errors become OSErrors with the same code: the disk is full, or forbidden."""
+    import av
+
+    try:
+        with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            yield container
+    except av.FFmpegError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def _write_mp4(path: Path, frames: Iterator[Array], rate: Fraction) -> None:
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    import av
+
+    with _new_mp4(path) as container:
         stream: Any = None
         for array in frames:
             if stream is None:
@@ -451,15 +465,15 @@ def _write_mp4(path: Path, frames: Iterator[Array], rate: Fraction) -> None:
                 coding = stream.codec_context
                 coding.thread_count = 4  # x264's choices depend on it, so it must not follow the machine
                 coding.colorspace = coding.color_primaries = coding.color_trc = _BT709
-                coding.color_range = ColorRange.MPEG
+                coding.color_range = _LIMITED_RANGE
             elif array.shape != (stream.height, stream.width, 3):
                 raise ValueError(
                     f"a frame of {array.shape[1]}x{array.shape[0]} in a video of {stream.width}x{stream.height}"
                 )
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24").reformat(
                 format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
+                dst_colorspace="ITU709",
+                dst_color_range=_LIMITED_RANGE,
                 interpolation=_SCALING,
                 threads=1,
             )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from pusa_fast.config import DiTConfig
-from pusa_fast.training.config import LoRA, TrainConfig
+
+if TYPE_CHECKING:
+    from pusa_fast.training.config import LoRA, TrainConfig
 
 # Of an adapted projection inside a block: how wide its input and output are, in widths (D) or feed-forward widths (I).
 _PROJECTIONS = {

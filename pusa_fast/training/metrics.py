@@ -10,13 +10,15 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pusa_fast.data.store import write_text
-from pusa_fast.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from pusa_fast.training.config import TrainConfig
 
 METRICS = "metrics.jsonl"
 LEVEL_EDGES = (0.25, 0.5, 0.75)  # of the quarters of noise levels that errors are reported by

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pusa_fast.training.config import Optim
+if TYPE_CHECKING:
+    from pusa_fast.training.config import Optim
 
 _MUON_MIN = 8  # a matrix with a shorter side is a table of gains, not a map
 _MUON_NOT = ("head.head", "norm", "modulation")

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,12 +22,14 @@ from pusa_fast.model.dit import WanDiT
 from pusa_fast.model.linear import add_lora
 from pusa_fast.model.vae.memory import Tracker
 from pusa_fast.training import fafm, flops, metrics
-from pusa_fast.training.config import TrainConfig
 from pusa_fast.training.data import auto_parts
 from pusa_fast.training.memory import save_memory
 from pusa_fast.training.optim import hidden_matrices
 from pusa_fast.weights import load_dit
 from pusa_fast.weights.pretrained import find_model
+
+if TYPE_CHECKING:
+    from pusa_fast.training.config import TrainConfig
 
 # Shares of a GPU's dense bf16 rate that large products and attention reach (docs/performance.md: 790 and 640 of 989 TFLOP/s).
 _PRODUCTS, _ATTENTION = 0.80, 0.65

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from pusa_fast.config import VAEConfig
@@ -12,10 +14,12 @@ from pusa_fast.media import open_media
 from pusa_fast.model.dit import WanDiT
 from pusa_fast.sampling.limits import latent_count
 from pusa_fast.training import metrics
-from pusa_fast.training.config import TrainConfig
 from pusa_fast.training.parallel import World
 from pusa_fast.training.saved import Checkpoints
 from pusa_fast.weights.pretrained import ModelFiles, find_model
+
+if TYPE_CHECKING:
+    from pusa_fast.training.config import TrainConfig
 
 _PARTS = {"vae": "VAE", "text": "text encoder or tokenizer"}  # that a store names by hash
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from pusa_fast.model.dit import WanDiT
 from pusa_fast.model.vae.tiling import Tiling
 from pusa_fast.pipeline import Pipeline
 from pusa_fast.sampling.task import Condition
-from pusa_fast.training.config import TrainConfig
 from pusa_fast.training.parallel import World
 from pusa_fast.weights import load_vae
 from pusa_fast.weights.pretrained import ModelFiles, load_text_encoder
+
+if TYPE_CHECKING:
+    from pusa_fast.training.config import TrainConfig
 
 SAMPLES = "samples"
 

@@ -269,6 +269,11 @@ def test_a_package_that_works_is_taken(monkeypatch: pytest.MonkeyPatch, hopper: 
     assert torch.equal(attention(q, k, v), forward(q, k, v, 64**-0.5, True)[0])
 
 
+def about(name: str, record: pytest.WarningsRecorder) -> list[str]:
+    """Warnings that `auto` passes over a backend. A CUDA build of torch without a driver passes over its own cuDNN as well."""
+    return [text for w in record if (text := str(w.message)).startswith(f"attention: auto passes over {name}:")]
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -286,7 +291,7 @@ def test_a_broken_package_is_warned_about_once_and_passed_over(
     with pytest.warns(UserWarning, match=f"auto passes over fa4: flash_attn.cute.interface {message}") as record:
         assert chosen() == "sdpa"
         assert resolve("auto", CPU, torch.bfloat16, 64) == resolve("auto", CPU, torch.bfloat16, 64) == "sdpa"
-    assert len(record) == 1
+    assert len(about("fa4", record)) == 1
     with pytest.raises(ValueError, match=f"'fa4' cannot be used: .*{message}"):
         chosen("fa4")
 
@@ -296,7 +301,7 @@ def test_the_warning_is_not_repeated_for_other_inputs(monkeypatch: pytest.Monkey
     with pytest.warns(UserWarning) as record:
         for head_dim in (64, 128):
             assert resolve("auto", CPU, torch.bfloat16, head_dim) == "sdpa"
-    assert len(record) == 1
+    assert len(about("fa4", record)) == 1
 
 
 def test_a_backward_that_fails_is_found_before_it_is_needed(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:

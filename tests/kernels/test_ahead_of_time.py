@@ -51,6 +51,29 @@ record = {"arch": 90, "registers": 255, "spills": found.spills, "shared": 228 <<
 assert [fault.split()[1] for fault in faults(record)] == ["spills", "bytes", "registers"], faults(record)
 """
 
+# Triton meets a name that is nowhere; the other form is as it should be.
+BROKEN = """
+import torch, triton, triton.language as tl
+from bench import ahead_of_time
+
+@triton.jit
+def double(x, BROKEN: tl.constexpr):
+    factor = nowhere if BROKEN else 2
+    tl.store(x, tl.load(x) * factor)
+
+def call(model, broken):
+    double[(1,)](model.stream(), BROKEN=broken)
+
+forms = [ahead_of_time.Case("double", str(broken), lambda m, broken=broken: call(m, broken)) for broken in (True, False)]
+ahead_of_time.cases_of = lambda model: forms
+good, bad = ahead_of_time.measure([90], ["nano"])
+assert (good["variant"], good["registers"] > 0, ahead_of_time.faults(good)) == ("False", True, []), good
+assert (bad["variant"], bad["arch"]) == ("True", 90), bad
+(fault,) = ahead_of_time.faults(bad)
+assert fault.startswith("does not compile:") and "nowhere" in fault, fault
+assert "double: False" in ahead_of_time.table([good, bad])
+"""
+
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Python in a process whose Triton compiles instead of interpreting."""
@@ -59,10 +82,11 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_a_spill_is_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", [SPILLING, BROKEN], ids=["spilling", "broken"])
+def test_a_faulty_kernel_is_seen(source: str, tmp_path: Path) -> None:
     """Triton reads a kernel's source from its file."""
-    script = tmp_path / "spilling.py"
-    script.write_text(SPILLING, encoding="utf-8")
+    script = tmp_path / "faulty.py"
+    script.write_text(source, encoding="utf-8")
     done = run(script)
     assert done.returncode == 0, done.stderr
 
