@@ -1,4 +1,4 @@
-"""The environment card: on what, with what and from which commit a result was measured. Stands in every result file."""
+"""The environment card of every result file: hardware, library versions and commit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PACKAGES = (
 
 
 def card(device: torch.device) -> dict[str, Any]:
-    """Everything by which a figure can be told from one taken elsewhere; None where this machine cannot say."""
+    """All that tells a figure from one measured elsewhere; None where this machine cannot say."""
     commit, dirty = checkout(ROOT)
     return {
         "device": device.type,
@@ -54,7 +54,7 @@ def card(device: torch.device) -> dict[str, Any]:
 
 
 def title(found: dict[str, Any]) -> str:
-    """One line for the foot of a table: "NVIDIA H200, torch 2.11.0, commit 0123456789, 2026-11-23"."""
+    """A table's caption: "NVIDIA H200; torch 2.11.0; commit 0123456789; 2026-11-23"."""
     gpu, cpu = found.get("gpu"), found["cpu"]
     machine = gpu["name"] if gpu else f"{cpu['model']}, {cpu['threads']} threads, {cpu['isa']}"
     commit = f"commit {found['commit'][:10]}" if found.get("commit") else "no commit"
@@ -63,13 +63,13 @@ def title(found: dict[str, Any]) -> str:
 
 
 def machine(found: dict[str, Any]) -> str:
-    """What must agree for two cards' times to be comparable: the GPU, or the CPU with its threads."""
+    """Times are comparable between cards where this agrees: the GPU, or the CPU and its threads."""
     gpu, cpu = found.get("gpu"), found["cpu"]
     return str(gpu["name"]) if gpu else f"{cpu['model']}, {cpu['threads']} threads"
 
 
 def checkout(root: Path) -> tuple[str | None, bool | None]:
-    """(commit, whether tracked files differ from it) of a checkout; PUSA_BENCH_COMMIT names the commit of a copy without git."""
+    """(commit, whether tracked files differ from it). PUSA_BENCH_COMMIT: a copy without git."""
     if not (root / ".git").exists():
         return os.environ.get("PUSA_BENCH_COMMIT"), None
     head = _output("git", "-C", str(root), "rev-parse", "HEAD")
@@ -100,7 +100,7 @@ def _cpu_model() -> str:
 
 
 def _native() -> list[str] | None:
-    """What the compiled part found of the processor; None where it is not built."""
+    """The CPU features that the compiled part found; None where it is not built."""
     try:
         features: dict[str, bool] = importlib.import_module("pusa_fast._native").cpu_features()
     except ImportError:

@@ -1,7 +1,8 @@
-"""`bench compare`: two result files, or two versions of the package measured turn and turn about, as ratios with a noise band.
+"""`bench compare`: two result files, or two versions measured alternately, as ratios with a band.
 
-A ratio is time after over time before. Its band goes from (p20 after / p80 before) to (p80 after / p20 before): while it holds 1,
-nothing was shown. Providers that are not ours did not change: their median ratio is what the machine itself did in between.
+A ratio is time after over time before. Its band goes from (p20 after / p80 before) to (p80 after /
+p20 before): a band that includes 1 shows nothing. Providers that are not ours did not change, so
+their median ratio is the machine's own drift.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ WORKING_TREE = "."
 
 
 def run(before: str, after: str, kind: str, options: Options, rounds: int = 2) -> Row:
-    """Compare two JSON files, or two git refs ("." is the working tree). Raises ValueError where one is neither."""
+    """Compare two JSON files, or two git refs (".": the working tree). ValueError: neither."""
     recorder = Recorder("compare", replace(options, out=None), harness.resolve_device("cpu"))
     if Path(before).is_file() and Path(after).is_file():
         first, second = read(before), read(after)
@@ -39,7 +40,7 @@ def run(before: str, after: str, kind: str, options: Options, rounds: int = 2) -
             )
         if machine(first["card"]) != machine(second["card"]):
             recorder.note(
-                f"warning: {machine(first['card'])} and {machine(second['card'])}: the ratios compare machines, not code"
+                f"warning: {machine(first['card'])}, {machine(second['card'])}: the ratios compare machines, not code"
             )
         kind, pair = first["bench"], (times(first), times(second))
     else:
@@ -60,12 +61,12 @@ def read(path: str | Path) -> Row:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): give a file that bench --out wrote") from None
     if not isinstance(found, dict) or "bench" not in found or "card" not in found:
-        raise ValueError(f"{path} is no result of bench: give a file that bench --out wrote")
+        raise ValueError(f"{path} is not a result of bench: give a file that bench --out wrote")
     return found
 
 
 def times(result: Row) -> Times:
-    """Every time in a result by a name that two results of a kind share."""
+    """Every time in a result, by a name that is the same in all results of its kind."""
     found: Times = {}
     for name, value, unit in _spreads(result):
         found[name] = (value["median"] * unit, value["p20"] * unit, value["p80"] * unit)
@@ -112,7 +113,7 @@ def ratios(before: Times, after: Times) -> list[Row]:
 
 
 def drift(rows: list[Row]) -> float | None:
-    """Median ratio of what is not ours: how much faster or slower the machine got."""
+    """Median ratio of the providers that are not ours: the machine's own change in speed."""
     others = [
         row["ratio"]
         for row in rows
@@ -122,7 +123,7 @@ def drift(rows: list[Row]) -> float | None:
 
 
 def pooled(runs: list[Times]) -> Times:
-    """Several runs of one version: the median of medians, and the widest spread that any run had."""
+    """Several runs of one version: the median of medians and the widest spread."""
     names = [name for name in runs[0] if all(name in run for run in runs)]
     return {
         name: (
@@ -137,7 +138,7 @@ def pooled(runs: list[Times]) -> Times:
 def _measure_refs(
     before: str, after: str, kind: str, options: Options, rounds: int, recorder: Recorder
 ) -> tuple[Times, Times]:
-    """Rounds of before, after, after, before: a drift of the machine falls on both."""
+    """Rounds of before, after, after, before, so that drift affects both."""
     if rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {rounds}")
     if not options.providers and kind == "ops":
@@ -154,7 +155,7 @@ def _measure_refs(
 
 @contextmanager
 def _package(ref: str, recorder: Recorder) -> Iterator[Path | None]:
-    """A folder from which pusa_fast as of `ref` can be imported, its native code built; None: the working tree as it stands."""
+    """A folder to import pusa_fast at `ref` from, native code built; None: the working tree."""
     if ref == WORKING_TREE:
         yield None
         return
@@ -179,7 +180,7 @@ def _package(ref: str, recorder: Recorder) -> Iterator[Path | None]:
 
 
 def _measure(folder: Path | None, kind: str, options: Options) -> Row:
-    """One run in a process of its own, with the benchmark code of this checkout whatever the version of the package."""
+    """One run in its own process; the benchmark code is always this checkout's."""
     environment = dict(os.environ)
     if folder is not None:
         environment["PUSA_BENCH_PACKAGE"] = str(folder)
@@ -218,4 +219,4 @@ def _show(recorder: Recorder, result: Row) -> None:
     title = f"{result['kind']}: {result['before']} -> {result['after']}"
     recorder.table(title, ("", "before, ms", "after, ms", "after/before", "band", ""), lines)
     if result["drift"] is not None:
-        recorder.note(f"what is not ours: {result['drift']:.3f}")
+        recorder.note(f"other providers (the machine's drift): {result['drift']:.3f}")

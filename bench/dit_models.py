@@ -1,7 +1,7 @@
-"""One transformer in two implementations, ours and diffusers' WanTransformer3DModel, with the same weights; and the bare minimum.
+"""Our transformer and diffusers' WanTransformer3DModel with the same weights, and the floor.
 
-The floor is what any implementation has to compute: per block a packed QKV product, three D x D, the two of the feed-forward,
-and two attentions, on tensors that lie there ready.
+The floor is what any implementation has to compute: per block a packed QKV matmul, three D x D,
+two of the feed-forward, and two attentions, on tensors that are already in place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _GATE_GRID = (3, 2, 4)
 
 @dataclass(frozen=True)
 class Case:
-    """Latents x, one timestep per frame [1, F], the same per token [1, L], one for all [1], text [1, T, E]."""
+    """Latents x; timestep per frame [1, F], per token [1, L], one for all [1]; text [1, T, E]."""
 
     x: Tensor
     per_frame: Tensor
@@ -40,7 +40,7 @@ class Case:
 def make_case(
     config: DiTConfig, grid: tuple[int, int, int], text: int, dtype: torch.dtype, device: torch.device
 ) -> Case:
-    """Every frame at a level of its own, which is the most that our time network can be asked for."""
+    """Every frame has its own noise level: the most work for our time network."""
     frames, rows, columns = grid
     generator = torch.Generator(device).manual_seed(5)
     _, ph, pw = config.patch_size
@@ -51,7 +51,7 @@ def make_case(
 
 
 def our_model(config: DiTConfig, dtype: torch.dtype, device: torch.device) -> WanDiT:
-    """Official initialisation, but with no parameter left at zero or one: a missing bias must show."""
+    """Official initialisation, but no parameter stays at zero or one: a missing bias must show."""
     torch.manual_seed(0)
     with device:
         dit = WanDiT(config)
@@ -63,15 +63,16 @@ def our_model(config: DiTConfig, dtype: torch.dtype, device: torch.device) -> Wa
 
 
 def their_model(dit: WanDiT) -> Any:
-    """diffusers' model with `dit`'s weights. In bf16 it keeps in float32 what its own loader keeps there."""
+    """diffusers' model with `dit`'s weights, some in float32 as diffusers' loader keeps them."""
     from diffusers import WanTransformer3DModel
 
     config, dtype = dit.config, dit.dtype
     with dit.device:
         model = WanTransformer3DModel(
             patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
-            in_channels=config.in_channels, out_channels=config.out_channels, text_dim=config.text_dim, freq_dim=config.freq_dim,
-            ffn_dim=config.ffn_dim, num_layers=config.num_layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=config.eps,
+            in_channels=config.in_channels, out_channels=config.out_channels, text_dim=config.text_dim,
+            freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers, cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads", eps=config.eps,
         )  # fmt: skip
     model.load_state_dict(keymap.unpack(dit.state_dict(), keymap.dit_to_diffusers))
     kept = set(model._keep_in_fp32_modules or ())
@@ -82,7 +83,7 @@ def their_model(dit: WanDiT) -> Any:
 
 
 def calls(dit: WanDiT, theirs: Any, case: Case) -> dict[str, Call]:
-    """Forwards by provider. "pusa prepared": what a step of a run costs, text and time tables made before; diffusers has no such."""
+    """Forwards by provider. "pusa prepared": a step of a run, text and time tables already made."""
     state = dit.prepare(case.per_frame, case.text)
     found: dict[str, Call] = {
         "pusa": lambda: dit(case.x, case.per_frame, case.text),
@@ -96,9 +97,9 @@ def calls(dit: WanDiT, theirs: Any, case: Case) -> dict[str, Call]:
 
 @torch.no_grad()
 def check(dit: WanDiT, theirs: Any, text: int) -> dict[str, float]:
-    """Errors on a small clip against our model in float64, on plain torch. Raises AssertionError where something is off.
+    """Errors on a small clip against our model in float64 on plain torch.
 
-    Each must keep the error budget that the other one's error gives it.
+    Raises AssertionError unless each keeps the error budget that the other's error sets.
     """
     case = make_case(dit.config, _GATE_GRID, text, dit.dtype, dit.device)
     exact = copy.deepcopy(dit).double()
@@ -108,23 +109,23 @@ def check(dit: WanDiT, theirs: Any, text: int) -> dict[str, float]:
             oracle = exact(case.x.double(), timestep, case.text.double())
         their = theirs(case.x, token, case.text, return_dict=False)[0]
         own = dit(case.x, timestep, case.text)
-        assert_within_budget(own, their, oracle, f"pusa, beside diffusers {name}")
-        assert_within_budget(their, own, oracle, f"diffusers {name}, beside pusa")
+        assert_within_budget(own, their, oracle, f"pusa against diffusers {name}")
+        assert_within_budget(their, own, oracle, f"diffusers {name} against pusa")
         found |= {f"pusa {name}": relative_error(own, oracle), f"diffusers {name}": relative_error(their, oracle)}
     return found
 
 
 def same_function(value: Tensor, expected: Tensor, what: str, dtype: torch.dtype) -> None:
-    """Raises AssertionError unless two implementations agree in half of the dtype's digits: no rounding errs by more."""
+    """AssertionError unless both agree in half of the dtype's digits: rounding errs by less."""
     error, bound = relative_error(value, expected), math.sqrt(torch.finfo(dtype).eps)
     if not error < bound:
         raise AssertionError(
-            f"{what} computes something else: relative error {error:.2e}, at most {bound:.1e} can be rounding"
+            f"{what} computes something else: relative error {error:.2e}; rounding explains at most {bound:.1e}"
         )
 
 
 def floor_call(dit: WanDiT, shape: Shape, text: int) -> Call:
-    """Products and attention of all blocks, with the model's own weights."""
+    """Matmuls and attention of all blocks, with the model's own weights."""
     device, dtype, heads = dit.device, dit.dtype, dit.config.num_heads
     width = dit.config.head_dim
 

@@ -1,6 +1,6 @@
-"""One measurement from its options to its result: checks what was asked, shows progress on stderr, ends with one JSON document.
+"""One measurement, from its options to its result: checks them, shows progress, ends with one JSON.
 
-stdout carries that document and nothing else; everything that a library prints on the way goes to stderr.
+stdout carries only that document; progress and everything that libraries print go to stderr.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pusa_fast.ops.products import ONEDNN_BF16
 
 @dataclass(frozen=True)
 class Options:
-    """Of any run; each uses those that concern it. Empty tuples and None: that run's own choice."""
+    """Of any measurement, which uses those it needs. Empty tuples and None: its own default."""
 
     device: str | None = None
     quick: bool = False
@@ -55,7 +55,7 @@ class Options:
 
 
 class Recorder:
-    """Progress and intermediate results of a run; `deadline` is when it should stop starting new measurements."""
+    """Progress and intermediate results of a run, which starts nothing new after `deadline`."""
 
     def __init__(self, kind: str, options: Options, device: torch.device) -> None:
         self.kind, self.out, self.device = kind, options.out, device
@@ -74,7 +74,7 @@ class Recorder:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def working_on(self, text: str) -> None:
-        """What happens now: a spinner where stderr is a terminal, else a line."""
+        """Show the current activity: a spinner where stderr is a terminal, else a line."""
         if not self._started and self.device.type == "cpu":
             self.note("On the CPU, at small sizes: these figures say nothing about a GPU.")
         self._started = True
@@ -93,7 +93,7 @@ class Recorder:
         self.console.print(table)
 
     def save(self, **parts: Any) -> None:
-        """Add parts to the result and write it as it stands: a run that is killed leaves what it had."""
+        """Add parts to the result and write it, so that a killed run keeps what it has measured."""
         self.result.update(parts)
         if self.out is not None:
             write_json(self.out, self.result)
@@ -109,7 +109,7 @@ def _console() -> Console:
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """The device asked for, or a GPU where there is one. Raises ValueError where it is not there."""
+    """The device asked for; None: a GPU where there is one. Raises ValueError if it is missing."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
@@ -120,7 +120,7 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def choose(kind: str, wanted: Sequence[str], known: Sequence[str], default: Sequence[str]) -> list[str]:
-    """The names asked for, else the default ones. Raises ValueError naming what is unknown and what there is."""
+    """The names asked for, else the default. ValueError for an unknown name lists the known."""
     for name in wanted:
         if name not in known:
             raise ValueError(f"--{kind} {name} does not exist: choose from {', '.join(known)}")
@@ -128,7 +128,7 @@ def choose(kind: str, wanted: Sequence[str], known: Sequence[str], default: Sequ
 
 
 def model_dtypes(options: Options, recorder: Recorder) -> list[str]:
-    """Those in which a model runs on the CPU: what was asked for, or all that it multiplies itself. bf16 in software takes hours."""
+    """The dtypes asked for, or all that this CPU has in hardware: bf16 in software takes hours."""
     default = [name for name in DEFAULT_DTYPES["cpu"] if ONEDNN_BF16 or name != "bf16"]
     if not options.dtypes and len(default) < len(DEFAULT_DTYPES["cpu"]):
         recorder.note("bf16 left out: this CPU multiplies it in software; --dtype bf16 measures that")
@@ -136,7 +136,7 @@ def model_dtypes(options: Options, recorder: Recorder) -> list[str]:
 
 
 def _module(name: str) -> Callable[[Options, Recorder], None]:
-    """A measurement that its module's `run` makes; the module is imported when it is asked for."""
+    """The `run` of a module that is imported only when called."""
     return lambda options, recorder: importlib.import_module(name).run(options, recorder)
 
 
@@ -146,7 +146,7 @@ def _numerics(options: Options, recorder: Recorder) -> None:
     recorder.save(**run_numerics.run(recorder.device, clips=2 if options.quick else 16))
 
 
-# What can be measured, each into `recorder`'s result.
+# Each measurement by name; it writes into the recorder's result.
 RUNS: Mapping[str, Callable[[Options, Recorder], None]] = {
     "ops": _module("bench.run_ops"),
     "attention": _module("bench.run_attention"),
@@ -159,7 +159,7 @@ RUNS: Mapping[str, Callable[[Options, Recorder], None]] = {
 
 
 def execute(kind: str, options: Options) -> dict[str, Any]:
-    """Run one measurement and return its result, which is in `options.out` too. Raises ValueError for options that cannot work."""
+    """Run one measurement; its result goes to `options.out` too. ValueError: unusable options."""
     if kind not in RUNS:
         raise ValueError(f"bench {kind} does not exist: choose from {', '.join(RUNS)}")
     device = resolve_device(options.device)
@@ -176,7 +176,7 @@ def execute(kind: str, options: Options) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet_stdout() -> Iterator[None]:
-    """Inside, everything written to stdout goes to stderr, by C libraries and child processes too."""
+    """Send everything written to stdout to stderr, from C libraries and child processes too."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:
@@ -198,7 +198,7 @@ def write_json(path: str | Path, result: Mapping[str, Any]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all: to a temporary one beside it, then renamed."""
+    """Write a file whole or not at all: to a temporary one in its folder, then renamed."""
     target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.absolute().parent, prefix=f".{target.name}.")
     try:

@@ -1,9 +1,10 @@
 """Peak memory of one call, beyond what was allocated before it.
 
-CUDA: the caching allocator's own high-water mark. CPU: torch's profiler reports every allocation and release of the CPU
-allocator, those inside C++ ops included, as a running total; its maximum is the same quantity. Resident size, which the
-operating system counts, was not taken: it holds what malloc keeps for later and what a first call loads, and depends on
-what ran before in the process. What BLAS and oneDNN take for themselves, not through torch, is in neither.
+CUDA: the caching allocator's own high-water mark. CPU: the maximum of the running total of every
+allocation and release that torch's profiler reports, including those inside C++ ops. The operating
+system's resident size would not do: it includes what malloc keeps for later and what a first call
+loads, and depends on what ran before in the process. Neither counts what BLAS and oneDNN allocate
+themselves.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Largest number of bytes that `call` holds at any moment beyond those allocated before; its result counts."""
+    """The most bytes that `call` holds beyond those allocated before; its result counts."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Everything worth measuring on a GPU that is at hand for minutes: most valuable first, each step with its own limit, none
-# stopping the rest. Needs torch, triton, rich and transformers; no network, no installation, no git.
+# Everything worth measuring on a GPU that is available for minutes only: most valuable first, each
+# step with its own time limit; a failed step does not stop the rest. Needs torch, triton, rich and
+# transformers; no network, no installation, no git.
 #
 #   OUT=results bench/on_gpu.sh [STEP...]
 #
-# OUT      folder for the results: one JSON file a step, tests.txt, log.txt
+# OUT      folder for the results: one JSON file per step, tests.txt, log.txt
 # LIMIT    seconds for all steps together (default 570)
-# WHEELS   folder of wheels to put on the path first (diffusers; pybind11, for the compiled part; flash-attn-4 and what it needs)
+# WHEELS   folder of wheels to put on the path first (diffusers; pybind11, for the compiled part;
+#          flash-attn-4 and its dependencies)
 # PYTHON   interpreter (default python3)
-# Results are written as they come in: a step that is cut short leaves what it had.
+# Results are written as they come in: a step that is cut short keeps what it has measured.
 set -u
 steps=(native tests e2e-480p train ops vae-480p attention e2e-720p vae-720p dit e2e-480p-fp8 numerics sanitizer)
 cd "$(dirname "$0")/.."
@@ -18,10 +20,11 @@ mkdir -p "$OUT"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ -n "${WHEELS:-}" ]; then
   site=$(mktemp -d)
-  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl >>"$OUT/log.txt" 2>&1 && PYTHONPATH=$PYTHONPATH:$site
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl >>"$OUT/log.txt" 2>&1 &&
+    PYTHONPATH=$PYTHONPATH:$site
 fi
 
-# step NAME SECONDS COMMAND...: within its own limit and what is left of LIMIT; says how it went.
+# step NAME SECONDS COMMAND...: runs within its own limit and the rest of LIMIT; reports the exit code.
 step() {
   local name=$1 limit=$2 left=$((LIMIT - SECONDS)) start=$SECONDS rc
   shift 2
@@ -45,7 +48,7 @@ bench() {
 }
 
 e2e='"model": "wan2.1-t2v-14b", "random_weights": true'
-# The compiled part, for the interpreter and the GPU at hand. Without pybind11 or a compiler everything runs on its fallbacks.
+# The compiled part, for this interpreter and GPU. Without pybind11 or a compiler the fallbacks run.
 build_native() {
   local version pybind
   pybind=$("$PYTHON" -m pybind11 --cmakedir) && version=$("$PYTHON" -c 'import pusa_fast; print(pusa_fast.__version__)') &&
@@ -58,9 +61,13 @@ build_native() {
 run_step() {
   case $1 in
     native) step native 150 bash -c 'build_native' ;;
-    sanitizer) step sanitizer 200 compute-sanitizer --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider tests/model/test_vae_cuda.py -k "tiles or stream" ;;
+    sanitizer)
+      step sanitizer 200 compute-sanitizer --error-exitcode 9 \
+        "$PYTHON" -m pytest -q -p no:cacheprovider tests/model/test_vae_cuda.py -k "tiles or stream"
+      ;;
     tests)
-      step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels tests/model/test_vae_cuda.py tests/attention tests/model/test_dit.py tests/training/test_train_memory.py tests/bench
+      step tests 240 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels tests/model/test_vae_cuda.py \
+        tests/attention tests/model/test_dit.py tests/training/test_train_memory.py tests/bench
       sed -n '/^== tests$/,$p' "$OUT/log.txt" | tail -60 >"$OUT/tests.txt"
       ;;
     e2e-480p) bench e2e-480p 240 e2e "$e2e, \"size\": \"480p\"" ;;

@@ -1,7 +1,8 @@
-"""`bench report`: writes the tables between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` from bench/results/*.json.
+"""`bench report`: writes the tables between `bench:NAME` markers from bench/results/*.json.
 
-Figures in README.md, the READMEs of kernels and bench, docs/performance.md, docs/numerics.md and docs/training.md come from here and are never typed. A table shows
-the latest result of each machine, GPUs first; runs with --quick are left out.
+A table goes between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`.
+Figures in the `DOCUMENTS` come from here and are never typed. A table shows the latest result of
+each machine, GPUs first; runs with --quick are left out.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MARKER = re.compile(r"<!-- (?P<close>/?)bench:(?P<name>[a-z0-9_-]+) -->")
 
 
 def run(check: bool = False, root: Path = ROOT) -> Row:
-    """Rewrite the documents, or with `check` only compare. {"changed": [...], "results": n}. Raises ValueError: a bad file or marker."""
+    """Rewrite the documents, or with `check` only compare. ValueError: a bad file or marker."""
     results, registers = load(root / "bench" / "results")
     changed = []
     for name in DOCUMENTS:
@@ -49,7 +50,7 @@ def run(check: bool = False, root: Path = ROOT) -> Row:
 
 
 def load(folder: Path) -> tuple[Results, list[Row]]:
-    """(results of runs, newest last; the kernels' registers). Raises ValueError naming a file that is neither."""
+    """(results of runs, newest last; the kernels' registers). ValueError for any other file."""
     results: Results = []
     registers: list[Row] = []
     for path in sorted(folder.glob("*.json")):
@@ -62,12 +63,12 @@ def load(folder: Path) -> tuple[Results, list[Row]]:
 
 
 def render(text: str, results: Results, registers: list[Row], where: str) -> str:
-    """`text` with every marked table made anew. Raises ValueError for a table that does not exist or is not closed."""
+    """`text` with every marked table replaced. ValueError for an unknown or unclosed table."""
     out, position, opened = [], 0, ""
     for marker in _MARKER.finditer(text):
         name, closing = marker["name"], bool(marker["close"])
         if name not in TABLES:
-            raise ValueError(f"{where}: there is no table bench:{name}: choose from {', '.join(TABLES)}")
+            raise ValueError(f"{where}: table bench:{name} does not exist: choose from {', '.join(TABLES)}")
         if closing != bool(opened) or (closing and name != opened):
             raise ValueError(
                 f"{where}: <!-- bench:{opened or name} --> and <!-- /bench:{opened or name} --> do not match"
@@ -107,9 +108,8 @@ def _sections(results: Results, kind: str, table: Callable[[Row], str]) -> str:
     for result in latest(results, kind):
         note = "" if result.get("complete") else " Incomplete: the run was cut short."
         parts.append(f"{title(result['card'])}.{note}\n\n{table(result)}")
-    return (
-        "\n\n".join(parts)
-        or f"No results yet: `pusa-fast bench {kind} --out bench/results/{kind}.json`, then `pusa-fast bench report`."
+    return "\n\n".join(parts) or (
+        f"No results yet: `pusa-fast bench {kind} --out bench/results/{kind}.json`, then `pusa-fast bench report`."
     )
 
 
@@ -122,7 +122,7 @@ def _ops(results: Results, _: list[Row]) -> str:
 
 
 def _ops_table(result: Row) -> str:
-    """Ours, a row for each op and shape; how the others fail or fare stands in the result file."""
+    """Ours, one row per op and shape; the other providers' rows are in the result file."""
     rows = [
         [
             f"`{row['op']}`",
@@ -182,7 +182,7 @@ def _dit_cpu(result: Row) -> str:
         "dtype",
         "faster than diffusers per token",
         "than its scalar forward",
-        "time over products and attention",
+        "time over matmuls and attention",
         "peak memory over diffusers'",
     )
     rows = [
@@ -196,8 +196,8 @@ def _dit_cpu(result: Row) -> str:
         for dtype in ("fp32", "bf16")
         if (found := result.get(dtype))
     ]
-    sizes = f"{result['blocks']} blocks, {result['shape']}: {result['tokens']} tokens in {result['frames']} frames, {result['text_tokens']} text tokens."
-    return f"{markdown(columns, rows)}\n\n{sizes}"
+    tokens = f"{result['tokens']} tokens in {result['frames']} frames, {result['text_tokens']} text tokens"
+    return f"{markdown(columns, rows)}\n\n{result['blocks']} blocks, {result['shape']}: {tokens}."
 
 
 def _dit_cuda(result: Row) -> str:
@@ -212,7 +212,8 @@ def _dit_cuda(result: Row) -> str:
         for row in result["rows"]
         if row["status"] in ("ok", "failed") and "provider" in row
     ]
-    return f"{markdown(('shape', 'forward', 'block, ms', '40 blocks, s', 'peak GiB (4 blocks)'), rows)}\n\n{result['scaling']}."
+    columns = ("shape", "forward", "block, ms", "40 blocks, s", "peak GiB (4 blocks)")
+    return f"{markdown(columns, rows)}\n\n{result['scaling']}."
 
 
 def _vae(results: Results, _: list[Row]) -> str:
@@ -224,7 +225,7 @@ def _vae_cpu(result: Row) -> str:
         "",
         "faster than diffusers",
         "time over bare convolutions",
-        "over those with weights laid out before",
+        "over those with packed weights",
         "peak memory over diffusers'",
         "ms a frame",
     )
@@ -239,12 +240,13 @@ def _vae_cpu(result: Row) -> str:
     ]
     text = f"True size, {result['clip']}.\n\n{markdown(columns, rows)}"
     if result.get("blend_speedup") is not None:
-        text += f"\n\nBlending and finishing a tiled decode: {result['blend_speedup']:.3g} times as fast as the reference's torch code."
+        times = f"{result['blend_speedup']:.3g} times as fast as the reference's torch code"
+        text += f"\n\nBlending and finishing a tiled decode: {times}."
     return f"{text}\n\n{_vae_rows(result)}" if result.get("rows") else text
 
 
 def _vae_rows(result: Row) -> str:
-    """Every way to run it: time, memory, and how far its pixels are from those of the whole clip and of diffusers."""
+    """Every way to run it: time, memory, distance from the whole clip's and diffusers' pixels."""
     columns = (
         "",
         "how",
@@ -291,8 +293,9 @@ def _e2e_table(result: Row) -> str:
         else [row["run"], *("" for _ in stages), f"{row['status']}: {row['reason']}", ""]
         for row in result["runs"]
     ]
-    what = f"{result['model']}{' with random weights' if result['random_weights'] else ''}, {result['size'] or 'its own size'}, {result['steps']} steps."
-    text = f"{what}\n\n{markdown(('run, seconds', *stages, 'all', 'peak GiB'), rows)}"
+    weights = " with random weights" if result["random_weights"] else ""
+    what = f"{result['model']}{weights}, {result['size'] or 'its own size'}, {result['steps']} steps."
+    text = f"{what}\n\n{markdown(('run, seconds', *stages, 'total', 'peak GiB'), rows)}"
     forward = result.get("forward")
     if forward:
         own = forward["seconds"]
@@ -300,13 +303,14 @@ def _e2e_table(result: Row) -> str:
             f"\n\nOne forward of {forward['tokens']} tokens: {own['median']:.4g} s ({own['p20']:.4g}-{own['p80']:.4g})"
         )
         if "roofline_s" in forward:
-            text += f", {forward['x_roofline']:.2f} times the {forward['roofline_s']['total']:.4g} s of the rates measured in that run"
+            ideal = forward["roofline_s"]["total"]
+            text += f", {forward['x_roofline']:.2f} times the {ideal:.4g} s at the rates measured in that run"
         text += "."
     return text
 
 
 def _kernels(results: Results, _: list[Row]) -> str:
-    """Every op: what it computes, what it has to move, where it stands, how near the roof it is where a GPU measured it."""
+    """Every op: formula, bytes moved, file, share of the copy bandwidth if a GPU measured it."""
     gpus = [result for result in latest(results, "ops") if result["card"]["gpu"]]
     rows = []
     for op in OPS.values():
@@ -330,11 +334,12 @@ def _kernels(results: Results, _: list[Row]) -> str:
             ]
         )
     foot = f"Measured on {title(gpus[0]['card'])}." if gpus else "No GPU has measured these yet."
-    return f"{markdown(('op', 'kernel', 'formula', 'one pass moves', 'file', 'of copy bandwidth, 14B 480p'), rows)}\n\n{foot}"
+    columns = ("op", "kernel", "formula", "one pass moves", "file", "of copy bandwidth, 14B 480p")
+    return f"{markdown(columns, rows)}\n\n{foot}"
 
 
 def _registers(_: Results, registers: list[Row]) -> str:
-    """Kernel by architecture, from the ahead-of-time compilation: the sizes of the 14B and of the VAE's widest pictures, the others in one line."""
+    """Kernels compiled ahead of time, by architecture: `_SHOWN_MODELS`, other sizes in one line."""
     if not registers:
         return f"Not compiled yet: `python -m bench.ahead_of_time --json bench/results/{AHEAD_OF_TIME}`."
     arches = sorted({int(row["arch"]) for row in registers})
@@ -352,7 +357,8 @@ def _registers(_: Results, registers: list[Row]) -> str:
     if others:
         most = [max(row[what] for row in others) for what in ("registers", "spills", "shared")]
         names = ", ".join(dict.fromkeys(row["model"].split()[0] for row in others))
-        text += f"\n\nOther sizes ({names}): at most {most[0]} registers, {most[1]} spills, {most[2]} bytes of shared memory."
+        text += f"\n\nOther sizes ({names}): at most {most[0]} registers, {most[1]} spills, {most[2]} bytes of shared "
+        text += "memory."
     return text
 
 
@@ -361,7 +367,7 @@ def _numerics(results: Results, _: list[Row]) -> str:
 
 
 def _numerics_table(result: Row) -> str:
-    """Errors of the residual stream by depth, then what they do to clips; every precision against float32."""
+    """Errors of the residual stream by depth, then their effect on clips; all against float32."""
     depth = len(next(iter(result["blocks"].values()))) - 1
     columns = ("relative error of", *(f"block {i + 1}" for i in range(depth)), "velocity")
     blocks = [[name, *(f"{error:.2g}" for error in errors)] for name, errors in result["blocks"].items()]
@@ -374,7 +380,7 @@ def _numerics_table(result: Row) -> str:
         ]
         for name, found in result["clips"].items()
     ]
-    heads = ("clips", "PSNR dB, mean (worst)", "object goes the same way", "its end position apart, px, mean (worst)")
+    heads = ("clips", "PSNR dB, mean (worst)", "same direction", "end positions apart, px, mean (worst)")
     emulated = " fp8 emulated." if result["emulated"] else ""
     what = f"{result['model']}, {result['clips_compared']} clips of each task, against float32.{emulated}"
     return f"{markdown(columns, blocks)}\n\n{markdown(heads, clips)}\n\n{what}"
@@ -409,7 +415,8 @@ def _train_cuda(result: Row) -> str:
         f"{result['planned_gib']:.4g}",
     ]
     columns = ("clip", "blocks", "rank", "s a step", "peak GiB", "planned GiB", "MFU")
-    return f"14B shapes, random weights, one clip of 81 frames a step.\n\n{markdown(columns, [[*cells, str(result['mfu'])]])}"
+    table = markdown(columns, [[*cells, str(result["mfu"])]])
+    return f"14B shapes, random weights, one clip of 81 frames a step.\n\n{table}"
 
 
 TABLES: Mapping[str, Callable[[Results, list[Row]], str]] = {

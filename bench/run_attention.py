@@ -1,6 +1,7 @@
-"""`bench attention`: every backend of `pusa_fast.attention`, forward and backward, over all tokens and over the text.
+"""`bench attention`: every backend of `pusa_fast.attention`, forward and backward, self and cross.
 
-The gate compares sampled query rows of the whole shape, and all gradients of a small one, with float64.
+The correctness gate compares sampled query rows at full size, and all gradients at a small size,
+with float64.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from pusa_fast.testing import assert_within_budget
 Row = dict[str, Any]
 QKV = tuple[Tensor, Tensor, Tensor]
 
-_SAMPLED = 16  # query rows that the gate looks at
-_SMALL = 200  # tokens of the case whose gradients it looks at, no multiple of any tile
+_SAMPLED = 16  # query rows that the gate compares
+_SMALL = 200  # tokens of the case whose gradients it compares: not a multiple of any tile
 
 
 def run(options: Options, recorder: Recorder) -> None:
@@ -39,7 +40,7 @@ def run(options: Options, recorder: Recorder) -> None:
     names = choose(
         "provider", options.providers, list(backends.BACKENDS), [n for n, b in backends.BACKENDS.items() if b.exact]
     )
-    recorder.working_on("copy bandwidth and product rates")
+    recorder.working_on("copy bandwidth and matmul rates")
     peaks = measure_peaks(device, options.quick)
     rows: list[Row] = []
     recorder.save(peaks=peaks, rows=rows)
@@ -63,24 +64,20 @@ def run(options: Options, recorder: Recorder) -> None:
 
 
 class Case:
-    """One problem, its tensors drawn once for all backends: q [1, L, H, K]; k, v [1, L or 512, H, K]."""
+    """One problem; all backends share its tensors: q [1, L, H, K]; k, v [1, L or 512, H, K]."""
 
     def __init__(self, shape: Shape, dtype: str, kind: str, backward: bool, device: torch.device, quick: bool) -> None:
         keys = shape.tokens if kind == "self" else TEXT_TOKENS
-        self.head_dim, self.dtype, self.device, self.backward, self.quick = (
-            shape.dim // shape.heads,
-            DTYPES[dtype],
-            device,
-            backward,
-            quick,
-        )
+        self.head_dim, self.dtype, self.device = shape.dim // shape.heads, DTYPES[dtype], device
+        self.backward, self.quick = backward, quick
         self.qkv, self.grad = _draw(shape.tokens, keys, shape.heads, self.head_dim, self.dtype, device)
         small = min(_SMALL, keys)
         self.small, self.small_grad = _draw(small, small, 2, self.head_dim, self.dtype, device)
         self.flops = attention_flops(shape.tokens, keys, shape.dim, backward)
         self.row: Row = {
-            "op": "attention", "kind": kind, "direction": "backward" if backward else "forward", "shape": shape.name, "dtype": dtype,
-            "queries": shape.tokens, "keys": keys, "heads": shape.heads, "head_dim": self.head_dim, "flops": self.flops,
+            "op": "attention", "kind": kind, "direction": "backward" if backward else "forward",
+            "shape": shape.name, "dtype": dtype, "queries": shape.tokens, "keys": keys, "heads": shape.heads,
+            "head_dim": self.head_dim, "flops": self.flops,
         }  # fmt: skip
 
 
@@ -152,7 +149,7 @@ def _forward(name: str, qkv: QKV) -> Tensor:
 
 
 def check(name: str, case: Case) -> None:
-    """Raises AssertionError where the backend's results exceed the error budget."""
+    """Raises AssertionError if the backend's results exceed the error budget."""
     (q, k, v), count = case.qkv, case.row["queries"]
     at = torch.linspace(0, count - 1, min(_SAMPLED, count), device=q.device).long()
     sample = (q[:, at], k, v)
@@ -189,7 +186,7 @@ def _gradient(function: Callable[..., Tensor], qkv: tuple[Tensor, ...], grad: Te
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's own; in float64 the formula itself, scores and all: the oracle."""
+    """torch's attention; in float64 (the oracle) the plain formula, with all scores in memory."""
     with sdpa_kernel(SDPBackend.MATH) if q.dtype == torch.float64 else nullcontext():
         return scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
@@ -199,7 +196,10 @@ def _show(recorder: Recorder, rows: list[Row]) -> None:
         [
             f"{row['kind']} {row['direction']}",
             row["provider"],
-            *([f"{row['median_ms']:.2f}", f"{row['p20_ms']:.2f}-{row['p80_ms']:.2f}", f"{row['tflops']:.3g}"] if "tflops" in row else [row["status"], "", ""]),
+            *(
+                [f"{row['median_ms']:.2f}", f"{row['p20_ms']:.2f}-{row['p80_ms']:.2f}", f"{row['tflops']:.3g}"]
+                if "tflops" in row else [row["status"], "", ""]
+            ),
             f"{row['percent_of_product']:.0f} %" if "percent_of_product" in row else "",
         ]
         for row in rows
@@ -207,4 +207,4 @@ def _show(recorder: Recorder, rows: list[Row]) -> None:
     ]  # fmt: skip
     if lines:
         title = f"attention, {rows[0]['shape']}, {rows[0]['dtype']}"
-        recorder.table(title, ("case", "backend", "ms", "p20-p80", "TFLOP/s", "of product rate"), lines)
+        recorder.table(title, ("case", "backend", "ms", "p20-p80", "TFLOP/s", "of matmul rate"), lines)

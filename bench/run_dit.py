@@ -1,7 +1,9 @@
-"""`bench dit`: a forward of the transformer beside diffusers' on the same weights, and beside its bare products and attention.
+"""`bench dit`: a transformer forward against diffusers' on the same weights and against the floor.
 
-On the CPU two blocks of the 1.3B model's width, float32 and bf16, all interleaved in one run; the result's "fp32" and "bf16"
-hold the ratios. On CUDA blocks of the 14B model at true sizes: two depths are timed, and the difference scaled to 40 blocks.
+The floor is the bare matmuls and attention. On the CPU: two blocks of the 1.3B model's width,
+float32 and bf16, all interleaved in one run; the result's "fp32" and "bf16" hold the ratios. On
+CUDA: blocks of the 14B model at full size, timed at two depths; their difference is scaled to 40
+blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pusa_fast import DiTConfig
 
 Row = dict[str, Any]
 
-# The aims on a CPU, at "1.3b-2k" with two blocks and 512 text tokens.
+# Targets on a CPU, at "1.3b-2k" with two blocks and 512 text tokens.
 TARGETS = {
     "fp32": {"speedup": 1.5, "speedup_scalar": 1.0, "x_floor": 1.3},
     "bf16": {"speedup": 1.3, "speedup_scalar": 1.0, "x_floor": 1.3},
@@ -106,7 +108,7 @@ def _compare_cpu(config: DiTConfig, shape: Shape, text: int, dtype: str, quick: 
 
 
 def meets(dtype: str, found: Row) -> dict[str, bool]:
-    """The figures against `TARGETS`; peak memory has to be lower than diffusers' with the same timesteps."""
+    """The figures against `TARGETS`; peak memory must be below diffusers' at the same timesteps."""
     target = TARGETS[dtype]
     return {
         "speedup": found["speedup"] >= target["speedup"],
@@ -204,7 +206,7 @@ def _compare_cuda(shape: Shape, options: Options, recorder: Recorder, peaks: Row
 
 
 def _prefixed(name: str, model: Any, depth: int, call: Callable[[], Any], case: Any) -> Callable[[], Any]:
-    """A prepared state holds the cross-attention of all blocks: a shallower one needs its own."""
+    """A prepared state holds the cross-attention of all blocks: a shallower model needs its own."""
     if not name.startswith("pusa prepared"):
         return at_depth(model, depth, call)
     state = at_depth(model, depth, lambda: model.prepare(case.per_frame, case.text))()
@@ -212,7 +214,7 @@ def _prefixed(name: str, model: Any, depth: int, call: Callable[[], Any], case: 
 
 
 def scaled(seconds: dict[str, list[float]], name: str) -> Row:
-    """Time of a block from the two depths, and of a forward of `LAYERS` blocks."""
+    """Times of one block, from the two depths, and of a forward of `LAYERS` blocks."""
     shallow, deep = (seconds[f"{name}@{depth}"] for depth in DEPTHS)
     blocks = [(b - a) / (DEPTHS[1] - DEPTHS[0]) for a, b in zip(shallow, deep, strict=True)]
     forward = [a + (LAYERS - DEPTHS[0]) * block for a, block in zip(shallow, blocks, strict=True)]
@@ -220,7 +222,7 @@ def scaled(seconds: dict[str, list[float]], name: str) -> Row:
 
 
 def _compiled(model: Any) -> Any:
-    """A copy whose blocks are compiled, each for itself, as both projects advise."""
+    """A copy whose blocks are compiled one by one, as both projects advise."""
     if model is None:
         return None
     twin = copy.deepcopy(model)
@@ -230,7 +232,7 @@ def _compiled(model: Any) -> Any:
 
 
 def _headline(rows: list[Row]) -> Row:
-    """The ratios that the CPU run reports too, from times scaled to 40 blocks."""
+    """The same ratios as on the CPU, from times scaled to 40 blocks."""
     forward = {row["provider"]: row["forward_s"] for row in rows if row["status"] == "ok"}
     pairs = {
         "speedup": ("diffusers per-token", "pusa"),

@@ -1,7 +1,8 @@
-"""`bench e2e`: whole runs through `Pipeline`, with the split into stages, and single forwards beside the roofline.
+"""`bench e2e`: whole `Pipeline` runs, timed by stage, and single forwards against the roofline.
 
-`--model nano` or a model's folder runs real weights. `--model wan2.1-t2v-14b --random-weights` makes a model of that size on a
-GPU: times and memory are those of the real one, pictures are noise. Its text encoder (UMT5-XXL) and VAE are full size too.
+`--model nano` or a model's folder runs real weights. `--model wan2.1-t2v-14b --random-weights`
+makes a model of that size on a GPU, text encoder (UMT5-XXL) and VAE included: time and memory are
+realistic, the pictures are noise.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ def run(options: Options, recorder: Recorder) -> None:
         recorder.working_on(f"{plan['steps']} steps end to end, {label}")
         recorder.result["runs"].append({"run": label, **_end_to_end(pipe, plan, options.quick)})
         recorder.save()
-        if label == "cold":  # the figure that matters most comes before the second run
+        if label == "cold":  # the most important figure comes before the second run
             recorder.working_on("forwards of the transformer")
             _forwards(pipe, plan, recorder, peaks)
     _show(recorder)
 
 
 def _plan(options: Options, device: torch.device) -> Row:
-    """Model, size and steps. Raises ValueError for what cannot be run here, before anything is made."""
+    """Model, size and steps. Raises ValueError for what cannot run, before building anything."""
     model = options.model or ("wan2.1-t2v-14b" if options.random_weights else "nano")
     if options.size is not None and options.size not in SIZES:
         raise ValueError(f"--size {options.size} does not exist: choose from {', '.join(SIZES)}")
@@ -76,9 +77,7 @@ def _plan(options: Options, device: torch.device) -> Row:
             if isinstance(config, DiTConfig) and config.in_channels == VAEConfig().z_dim
         ]
         if model not in names:
-            raise ValueError(
-                f"--model {model} is no size that random weights can be made of: choose from {', '.join(names)}"
-            )
+            raise ValueError(f"--model {model} is not a size with random weights: choose from {', '.join(names)}")
         if device.type != "cuda":
             raise ValueError(f"--model {model} --random-weights needs a GPU of 80 GB: on the CPU run --model nano")
     elif model in MODELS:
@@ -98,7 +97,7 @@ def _stored(model: str, device: torch.device, options: Options) -> Pipeline:
 
 @torch.no_grad()
 def _random(model: str, device: torch.device, options: Options) -> Pipeline:
-    """All three networks at full size in bf16; weights small enough that nothing overflows in 40 blocks."""
+    """All three networks at full size in bf16; small weights, so that 40 blocks do not overflow."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = MODELS[model]
@@ -108,7 +107,7 @@ def _random(model: str, device: torch.device, options: Options) -> Pipeline:
         text = UMT5EncoderModel(UMT5Config(**_UMT5, feed_forward_proj="gated-gelu", dropout_rate=0.0))
     for module in (dit, vae, text):
         _fill(module.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False))
-    text.set_input_embeddings(text.shared)  # one table under two names, which to_empty has parted
+    text.set_input_embeddings(text.shared)  # one table under two names, separated by to_empty
     if options.precision == "fp8":
         from pusa_fast.model.fp8 import quantize
 
@@ -117,7 +116,7 @@ def _random(model: str, device: torch.device, options: Options) -> Pipeline:
 
 
 class _PlainText(TextEncoder):
-    """Without the mending of prompts, and without a memory of them: each run pays for its text."""
+    """Neither cleans nor caches prompts: each run pays for its text."""
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         rows = [self._forward(prompt) for prompt in prompts]
@@ -125,7 +124,7 @@ class _PlainText(TextEncoder):
 
 
 def _fill(module: nn.Module) -> None:
-    """Random parameters: gains near one, everything else small. Buffers of these models hold nothing."""
+    """Random parameters: gains near one, the rest small. These models' buffers hold nothing."""
     torch.manual_seed(0)
     for name, parameter in module.named_parameters():
         gain = name.endswith("gamma") or (parameter.ndim == 1 and name.endswith("weight"))
@@ -145,7 +144,7 @@ def _settings(pipe: Pipeline, plan: Row) -> dict[str, Any]:
 
 @torch.no_grad()
 def _forwards(pipe: Pipeline, plan: Row, recorder: Recorder, peaks: Row | None) -> None:
-    """Prepared forwards at the true shape, one clean frame and the rest at one level, as image-to-video has."""
+    """Prepared forwards at full size: one clean frame, the rest at one noise level."""
     device, size, dit = pipe.device, _settings(pipe, plan), pipe.dit
     assert isinstance(dit, WanDiT)
     scale, F = pipe.vae.config.spatial_factor, pipe.vae.latent_frames(size["num_frames"])
@@ -186,7 +185,7 @@ def _forwards(pipe: Pipeline, plan: Row, recorder: Recorder, peaks: Row | None) 
 
 
 def _end_to_end(pipe: Pipeline, plan: Row, quick: bool) -> Row:
-    """One clip, its first frame given, without guidance; the stages as the pipeline times them."""
+    """One clip, its first frame given, without guidance; stage times from the pipeline."""
     size = _settings(pipe, plan)
     if quick:
         size["num_frames"] = min(size["num_frames"], 5)
@@ -206,7 +205,7 @@ def _end_to_end(pipe: Pipeline, plan: Row, quick: bool) -> Row:
     if tuple(frames.shape) != (size["num_frames"], size["height"], size["width"], 3):
         raise AssertionError(f"the pipeline returned frames of shape {tuple(frames.shape)}")
     stages, apart = dict(pipe.last_run["seconds"]), 0.0
-    if not conditions:  # without PyAV the pipeline takes no pictures: the first frame is encoded beside the run
+    if not conditions:  # without PyAV the pipeline takes no pictures: encode the first frame separately
         with clock(pipe.device) as encode:
             pipe.vae.encode(first.to(pipe.device, torch.float32).permute(2, 0, 1)[None, :, None] / 127.5 - 1)
         apart = encode()
@@ -224,13 +223,13 @@ def _end_to_end(pipe: Pipeline, plan: Row, quick: bool) -> Row:
 def _check(velocity: Tensor, shape: torch.Size) -> None:
     if velocity.shape != shape or not bool(velocity.isfinite().all()):
         raise AssertionError(
-            f"a forward gave {tuple(velocity.shape)} instead of {tuple(shape)}, or values that are not finite"
+            f"a forward returned {tuple(velocity.shape)}, expected {tuple(shape)}, or values that are not finite"
         )
 
 
 @contextlib.contextmanager
 def clock(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Yields a function that gives the seconds spent inside, the device's work included."""
+    """Yields a function that returns the seconds spent inside, the device's work included."""
     spent: list[float] = []
     start = time.perf_counter()
     yield lambda: spent[0]
@@ -240,7 +239,7 @@ def clock(device: torch.device) -> Iterator[Callable[[], float]]:
 
 
 def memory_gib(device: torch.device) -> float:
-    """CUDA: the allocator's high-water mark since the last reset. CPU: the process's, weights and libraries included."""
+    """High-water mark. CUDA: the allocator's since its reset. CPU: the whole process's."""
     if device.type == "cuda":
         return significant(torch.cuda.max_memory_allocated(device) / 2**30)
     return significant(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
@@ -259,5 +258,5 @@ def _show(recorder: Recorder) -> None:
             lines.append([row["run"], f"{row['status']}: {row['reason']}", ""])
             continue
         lines += [[f"{row['run']}: {stage}", f"{spent:.4g}", ""] for stage, spent in row["stages_s"].items()]
-        lines.append([f"{row['run']}: all", f"{row['total_s']:.4g}", f"{row['peak_gib']:.3g}"])
+        lines.append([f"{row['run']}: total", f"{row['total_s']:.4g}", f"{row['peak_gib']:.3g}"])
     recorder.table(f"{found['model']}, {found['steps']} steps", ("", "s", "peak GiB"), lines)

@@ -1,7 +1,8 @@
-"""What lower precision costs: nano's transformer in bf16 and fp8 against float32, block by block and in finished clips.
+"""The cost of lower precision: nano in bf16 and fp8 against float32, by block and in whole clips.
 
-Runs anywhere: without a GPU fp8 is emulated, with the same rounding of weights and activations (the order of summation
-inside a product differs). A clip drifts from its float32 twin in any arithmetic; what counts is how far beyond bf16.
+Runs anywhere: without a GPU fp8 is emulated, with the same rounding of weights and activations
+(the order of summation inside a matmul differs). A clip drifts from its float32 twin in any
+arithmetic; compare fp8's drift with bf16's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TIMESTEPS = (250.0, 500.0, 750.0, 1000.0)
 
 
 def run(device: torch.device, clips: int = 16) -> dict[str, Any]:
-    """{"blocks": {precision: [relative error after each block, then of the velocity]}, "clips": {precision: {...}}}."""
+    """{"blocks": {precision: [relative error of each block, of the velocity]}, "clips": {...}}."""
     exact = Pipeline.from_pretrained("nano", device=device, dtype=torch.float32)
     others = {"bf16": Pipeline.from_pretrained("nano", device=device, dtype=torch.bfloat16), "fp8": _quantised(device)}
     generator = torch.Generator().manual_seed(2024)
@@ -39,7 +40,7 @@ def run(device: torch.device, clips: int = 16) -> dict[str, Any]:
 
 
 def _quantised(device: torch.device) -> Pipeline:
-    """As `precision="fp8"` loads it, and emulated where that is refused."""
+    """As `precision="fp8"` loads it; emulated on the CPU, where that is refused."""
     pipe = Pipeline.from_pretrained("nano", lora={}, device=device, dtype=torch.bfloat16)
     for path, strength in find_model("nano").loras.items():
         apply_lora(pipe.dit, path, strength, keep_base=False)
@@ -48,7 +49,7 @@ def _quantised(device: torch.device) -> Pipeline:
 
 
 def _blocks(pipe: Pipeline, exact: Pipeline, scenes: Sequence[sprites.Scene]) -> list[float]:
-    """Means over prompts and noise levels; the first latent frame is clean, as in image-to-video."""
+    """Means over prompts and noise levels; latent frame 0 is clean, as in image-to-video."""
     assert exact.text_encoder is not None
     found = []
     for seed, scene in enumerate(scenes):
@@ -76,7 +77,7 @@ def _clips(others: Mapping[str, Pipeline], exact: Pipeline, scenes: Sequence[spr
 
 
 def _compare(frames: Tensor, exact: Tensor) -> dict[str, float]:
-    """PSNR, and what the oracle sees: does the object go the same way, and how far apart do the two end."""
+    """PSNR, and by the oracle: same direction of the object? How far apart do the two end?"""
     seen, wanted = sprites.measure(frames), sprites.measure(exact)
     apart = float((seen.centers[-1] - wanted.centers[-1]).norm().nan_to_num(32.0))
     return {

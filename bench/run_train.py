@@ -1,7 +1,8 @@
-"""`bench train`: a step of LoRA training by our trainer, beside the reference's formulation in plain torch on the same weights.
+"""`bench train`: a LoRA training step against the reference's in plain torch, on the same weights.
 
-On the CPU: nano at its own batch, interleaved in one run; both do noising, forward, loss, backward, clipping and AdamW. On CUDA: the 14B
-shapes with random weights, one clip of 81 frames, the published recipe; the trainer alone, with peak memory and utilisation.
+On the CPU: nano at its own batch size, interleaved in one run; both do noising, forward, loss,
+backward, clipping and AdamW. On CUDA: 14B shapes with random weights, one clip of 81 frames, the
+published recipe; only our trainer, with peak memory and utilisation.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def _store(folder: Path, shape: tuple[int, ...], text: int, width: int, clips: i
 
 def _config(folder: Path, out: Path, batch: int, rank: int, **more: Any) -> TrainConfig:
     return parse_config({
-        "data": {"path": folder}, "out": out, "batch_size": batch, "accumulate": 1, "steps": 1000, "lora": {"rank": rank},
-        "optim": {"lr": _LR, "clip_norm": _CLIP}, "objective": {"shift": 5.0}, **more,
+        "data": {"path": folder}, "out": out, "batch_size": batch, "accumulate": 1, "steps": 1000,
+        "lora": {"rank": rank}, "optim": {"lr": _LR, "clip_norm": _CLIP}, "objective": {"shift": 5.0}, **more,
     })  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def _run_cpu(options: Options, recorder: Recorder) -> None:
 
 
 def _reference_step(base: WanDiT, config: TrainConfig) -> tuple[nn.Module, Callable[[Batch], Tensor]]:
-    """The reference's step: PEFT's adapters on its own transformer, the error averaged before it is weighted, AdamW."""
+    """The reference's step: PEFT on its transformer, error averaged before weighting, AdamW."""
     from peft import LoraConfig, inject_adapter_in_model
 
     assert config.lora is not None
@@ -131,7 +132,7 @@ def _reference_step(base: WanDiT, config: TrainConfig) -> tuple[nn.Module, Calla
 
 
 def reference_loss(model: Callable[..., Tensor], batch: Batch, shift: float) -> Tensor:
-    """Noising, target and weighting of the reference in plain torch, clip by clip weighted."""
+    """The reference's noising, target and weighting in plain torch; one weight per clip."""
     s = batch.sigma[:, None, :, None, None]
     noised, target = (1 - s) * batch.latents + s * batch.noise, batch.noise - batch.latents
     velocity = model(noised, 1000 * batch.sigma, batch.context)
@@ -140,7 +141,7 @@ def reference_loss(model: Callable[..., Tensor], batch: Batch, shift: float) -> 
 
 
 def _same_gradients(trainer: Trainer, parts: list[Batch], model: nn.Module, step: Any) -> dict[str, float]:
-    """Gives theirs our adapters' values; raises AssertionError unless loss and gradients agree."""
+    """Copies our adapters' values to theirs; AssertionError unless loss and gradients agree."""
     ours = dict(_adapter_tensors(trainer))
     theirs = {
         n.replace(".lora_A.default.weight", "/A").replace(".lora_B.default.weight", "/B"): p
@@ -165,7 +166,7 @@ def _same_gradients(trainer: Trainer, parts: list[Batch], model: nn.Module, step
         worst = max(worst, relative_error(mine, own))
     found = {"loss": relative_error(loss.detach(), their_loss.detach()), "gradient": worst}
     if not (found["loss"] < 1e-5 and found["gradient"] < 1e-3):
-        raise AssertionError(f"the two formulations compute something else: {found}")
+        raise AssertionError(f"the two formulations disagree: {found}")
     return found
 
 
@@ -228,7 +229,7 @@ def _run_cuda(options: Options, recorder: Recorder) -> None:
 
 
 def _random_dit(config: DiTConfig, device: torch.device) -> WanDiT:
-    """Random bf16 weights of the scale of trained ones, made on the device, one tensor at a time."""
+    """Random bf16 weights at the scale of trained ones, made on the device tensor by tensor."""
     with torch.device("meta"):
         dit = WanDiT(config).to(torch.bfloat16)
     dit = dit.to_empty(device=device)

@@ -1,8 +1,9 @@
-"""Timing: cold caches, providers interleaved round by round, medians with their 20th and 80th percentiles.
+"""Timing: cold caches, providers interleaved by round, medians with 20th and 80th percentiles.
 
-On CUDA an event stands on either side of a call, on the CPU `perf_counter`. Before each call a buffer larger than the last
-cache is read, not written: dirty lines would have to go back to memory inside the next measurement. Every round calls each
-provider once, the first one changing, so that drifting clocks and noisy neighbours meet all of them alike.
+CUDA events time a call on a GPU, `perf_counter` on the CPU. Before each call a buffer larger than
+the last-level cache is read, not written: dirty lines would be written back during the next
+measurement. Every round calls each provider once, starting with another one each time, so that
+drifting clocks and noisy neighbours affect all of them alike.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ _LARGEST_FLUSH = 512 << 20
 
 @dataclass(frozen=True)
 class Run:
-    """What is timed; `reset` runs before each call, outside the measurement (restores what an in-place op destroyed)."""
+    """A timed call; `reset` runs untimed before each (restores what an in-place op destroyed)."""
 
     call: Callable[[], Any]
     reset: Callable[[], Any] | None = None
 
 
 class CacheFlush:
-    """Evicts the last-level cache of a device by reading `bytes`; 0 bytes: does nothing, results are warm."""
+    """Evicts a device's last-level cache by reading `bytes`; 0 does nothing: results are warm."""
 
     def __init__(self, device: torch.device, enabled: bool = True) -> None:
         self.bytes = min(flush_bytes(device), _LARGEST_FLUSH) if enabled else 0
@@ -40,7 +41,7 @@ class CacheFlush:
 
 
 def flush_bytes(device: torch.device) -> int:
-    """How much to read to replace all of the last cache: four times its size on CUDA, twice on the CPU."""
+    """Bytes that replace the last-level cache: four times its size on CUDA, twice on the CPU."""
     if device.type == "cuda":
         return 4 * int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [_parse_size(path.read_text()) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -48,7 +49,7 @@ def flush_bytes(device: torch.device) -> int:
 
 
 def _parse_size(text: str) -> int:
-    """ "32K" -> 32768, as the kernel writes cache sizes."""
+    """ "32K" -> 32768: Linux's notation for cache sizes."""
     text = text.strip()
     unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
     return int(text.rstrip("KMG")) * unit
@@ -65,8 +66,8 @@ def measure(
 ) -> dict[str, list[float]]:
     """Seconds of each call by provider, one entry per round, in the order of the rounds.
 
-    Rounds go on until `budget` seconds are spent or `max_rounds` done, but at least `min_rounds`; `warmup` calls of each
-    come first and count for nothing.
+    Rounds continue until `budget` seconds are spent or `max_rounds` are done, but at least for
+    `min_rounds`; `warmup` calls of each come first and are not counted.
     """
     if not runs:
         return {}
@@ -97,7 +98,7 @@ def _timed_cpu(run: Run, device: torch.device, flush: CacheFlush) -> Callable[[]
 
 
 def _timed_cuda(run: Run, device: torch.device, flush: CacheFlush) -> Callable[[], float]:
-    """Nothing waits here: the flush keeps the device busy while the call's launches queue up behind it."""
+    """Does not wait: the flush keeps the device busy while the launches queue up behind it."""
     if run.reset is not None:
         run.reset()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -131,7 +132,7 @@ def spread(samples: Sequence[float], unit: float = 1.0, digits: int = 6) -> dict
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """Median over the rounds of over[i] / under[i]: both of a round ran next to each other, so drift cancels."""
+    """Median over rounds of over[i] / under[i]: both ran back to back, so drift cancels."""
     return significant(percentile([a / b for a, b in zip(over, under, strict=True)], 50), 4)
 
 

@@ -1,13 +1,14 @@
-"""The paper's ablations on nano (spec 5.4): trains, scores with the oracle, writes the tables and the plot of docs/training.md.
+"""The paper's ablations on nano (spec 5.4): trains, scores with the oracle, fills docs/training.md.
 
-    python examples/nano/ablate.py --seeds 3             # hours; goes on after a kill, skips rows of examples/nano/ablations.json
-    python examples/nano/ablate.py --minutes 60          # starts nothing new after an hour
-    python examples/nano/ablate.py --tables              # only writes tables and plot from the rows there are
+    python examples/nano/ablate.py --seeds 3     # hours; resumes after a kill, skips known rows
+    python examples/nano/ablate.py --minutes 60  # starts nothing new after an hour
+    python examples/nano/ablate.py --tables      # only writes tables and plot from ablations.json
 
-Every run trains on the embedded base with constant learning rate and batches of eight clips, as the paper's do, and is scored at several
-strengths. Runs and rows are shared out to as many processes as there are cores, one thread each. Total is the mean of I2V
-(image-to-video: direction right, colour and shape kept, centre within 3 pixels of the true continuation's on the mean of all frames)
-and Quality (text-to-video: direction, colour and shape right), in percent.
+Like the paper's, every run trains on the embedded base with a constant learning rate and batches
+of eight clips; it is scored at several strengths. Runs and rows go to as many processes as there
+are cores, one thread each. Total is the mean, in percent, of I2V (image-to-video: direction right,
+colour and shape kept, centre within 3 pixels of the true continuation's, averaged over all frames)
+and Quality (text-to-video: direction, colour and shape right).
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ from pusa_fast.training.trainer import train
 from pusa_fast.weights.files import file_hash
 
 HERE = Path(__file__).parent
-ROWS, PAGE, IMAGES = (
-    HERE / "ablations.json",
-    HERE.parents[1] / "docs" / "training.md",
-    HERE.parents[1] / "docs" / "images",
-)
+DOCS = HERE.parents[1] / "docs"
+ROWS, PAGE, IMAGES = HERE / "ablations.json", DOCS / "training.md", DOCS / "images"
 BATCH, SCENES, SCENE_SEED = 8, 60, 4096
 T2V, I2V = "text-to-video", "image-to-video, noise 0"
-NEAR = 3.0  # pixels; of the base's clips one in eight stays so near to the true continuation, of nano's own LoRA's nine in ten
+# Pixels: one in eight clips of the base stays this near to the true continuation, nine in ten with
+# nano's own LoRA.
+NEAR = 3.0
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: how levels are drawn, what trains (rank None: all weights), and where and how strong it is scored."""
+    """One training run: how noise levels are drawn, what trains (rank None: all weights), when and
+    at which strengths it is scored."""
 
     name: str
     objective: dict[str, Any]
@@ -60,11 +61,14 @@ class Run:
 
     def config(self, seed: int, folder: Path, clips: Path, steps: int) -> TrainConfig:
         values = {
-            "model": "nano", "out": folder, "seed": 1000 + seed, "steps": steps, "batch_size": BATCH, "accumulate": 1, "device": "cpu",
-            "data": {"path": clips, "caption_dropout": 0.1}, "memory": {"checkpointing": "none"}, "logging": {"every": 150},
-            "lora": None if self.rank is None else {"rank": self.rank},
-            "objective": {"levels": "continuous", "weighting": "uniform", "shift": dit.TRAINING_SHIFT, **self.objective},
-            "optim": {"lr": 1e-4 if self.rank is None else 5e-4, "clip_norm": 1.0}, "checkpoints": {"every": 150, "keep": 1},
+            "model": "nano", "out": folder, "seed": 1000 + seed, "steps": steps, "batch_size": BATCH, "accumulate": 1,
+            "device": "cpu", "data": {"path": clips, "caption_dropout": 0.1}, "memory": {"checkpointing": "none"},
+            "lora": None if self.rank is None else {"rank": self.rank}, "logging": {"every": 150},
+            "objective": {
+                "levels": "continuous", "weighting": "uniform", "shift": dit.TRAINING_SHIFT, **self.objective,
+            },
+            "optim": {"lr": 1e-4 if self.rank is None else 5e-4, "clip_norm": 1.0},
+            "checkpoints": {"every": 150, "keep": 1},
         }  # fmt: skip
         return parse_config(values)
 
@@ -85,8 +89,8 @@ RUNS = (
 
 @dataclass(frozen=True)
 class Key:
-    """What a row says: a run's weights after `iterations` at a strength, sampled in `steps`; and of what, as rows of other settings do
-    not count."""
+    """Identifies a row: a run's weights after `iterations` at a strength, sampled in `steps`. Rows
+    of another batch size, number of scenes or base do not count."""
 
     run: str
     seed: int
@@ -98,17 +102,17 @@ class Key:
     base: str = field(default_factory=lambda: base())
 
 
-BASE = "base"  # the run of no training
+BASE = "base"  # the untrained base
 
 
 @functools.cache
 def base() -> str:
-    """Names the weights that all runs begin from."""
+    """A short hash of the weights that all runs start from."""
     return file_hash(nano.ASSETS / "dit.safetensors")[:12]
 
 
 def wanted(run: Run, seed: int, iterations: int) -> Iterator[Key]:
-    """The rows that the tables need of one run's weights."""
+    """The rows that the tables need from one run's weights."""
     for strength in run.strengths:
         yield Key(run.name, seed, iterations, strength)
     if run.name == "fully random" and iterations == 900:
@@ -116,7 +120,7 @@ def wanted(run: Run, seed: int, iterations: int) -> Iterator[Key]:
 
 
 class Rows:
-    """The file `ROWS`, one row a line; each is written as soon as it is known."""
+    """The file `ROWS`, one row a line, written as soon as each row is known."""
 
     def __init__(self) -> None:
         found = json.loads(ROWS.read_text()) if ROWS.exists() else []
@@ -135,7 +139,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Training:
-    """A run's way to its next number of iterations, and on to those after it. `call` works in a process of its own."""
+    """Trains a run to its next iteration count, then to the later ones. `call` runs in a worker."""
 
     run: Run
     seed: int
@@ -144,7 +148,7 @@ class Training:
     clips: Path
 
     def call(self) -> Path | None:
-        """Weights after so many iterations; None where a signal stopped it. It goes on from the last checkpoint: the rate is constant."""
+        """Weights at that count, resumed from the last checkpoint; None if a signal stopped it."""
         folder = self.work / f"{self.run.name.replace(' ', '-').replace(',', '')}-{self.seed}-{base()}"
         kept = folder / f"weights-{self.iterations[0]}.safetensors"
         if not kept.exists():
@@ -156,7 +160,7 @@ class Training:
 
     def done(self, rows: Rows, weights: Path | None) -> list[Task]:
         if weights is None:
-            raise SystemExit("stopped: start the same command again to go on")
+            raise SystemExit("stopped: run the same command again to continue")
         keys = [key for key in wanted(self.run, self.seed, self.iterations[0]) if not rows.known(key)]
         scored: list[Task] = [Scoring(key, _model(self.run, weights, key)) for key in keys]
         later = self.iterations[1:]
@@ -165,7 +169,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Scoring:
-    """One row."""
+    """Computes one row."""
 
     key: Key
     model: Model
@@ -183,19 +187,19 @@ Task = Training | Scoring
 
 
 def tasks(rows: Rows, seed: int, work: Path, clips: Path) -> list[Task]:
-    """What is missing of a seed, to begin with: rows of a run's weights wait for its training."""
+    """The first tasks of what a seed lacks; rows of a run's weights follow its training."""
     found: list[Task] = []
     if not rows.known(key := Key(BASE, 0, 0, 0.0)):
         found.append(Scoring(key, Model("nano", {})))
     for run in RUNS:
         missing = [i for i in run.iterations if not all(rows.known(key) for key in wanted(run, seed, i))]
-        if missing:  # every number up to the last: a run passes through them all
+        if missing:  # every count up to the last: a run passes through all of them
             found.append(Training(run, seed, tuple(i for i in run.iterations if i <= missing[-1]), work, clips))
     return found
 
 
 def work_off(pool: ProcessPoolExecutor, rows: Rows, first: Sequence[Task], together: int, deadline: float) -> None:
-    """Do tasks and what comes of them, so many at a time; start none after the deadline. Rows go before further training."""
+    """Do tasks and their follow-ups, rows first, `together` at a time, until the deadline."""
     waiting, running = deque(first), dict[Future[Any], Task]()
     while waiting or running:
         while waiting and len(running) < together and time.monotonic() < deadline:
@@ -228,7 +232,7 @@ def _copied(source: Path, target: Path) -> None:
 
 
 def summary(results: Results) -> dict[str, float]:
-    """What a row keeps of its clips: total, its two halves, and the means that they are made of."""
+    """The measures of a row: total, its two halves, and the means they consist of."""
     t2v, i2v = results[T2V], results[I2V]
     quality = {f"t2v {name}": mean(t2v[f"{name} right %"]) for name in ("direction", "colour", "shape")}
     long = {"direction": "direction right %", "colour": "colour kept %", "shape": "shape kept to the end %"}
@@ -250,11 +254,13 @@ def main() -> None:
         "--work",
         type=Path,
         default=Path("runs"),
-        help="training runs; nano's clips in its folder nano (default %(default)s)",
+        help="training runs; nano's clips go to its folder nano (default %(default)s)",
     )
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new run or row after so long")
-    parser.add_argument("--processes", type=int, default=dit.threads(), help="of one thread each (default: one a core)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new run or row after this time")
+    parser.add_argument(
+        "--processes", type=int, default=dit.threads(), help="of one thread each (default: one per core)"
+    )
     parser.add_argument("--tables", action="store_true", help="only write the tables and the plot")
     args = parser.parse_args()
     for name in ("seeds", "processes"):

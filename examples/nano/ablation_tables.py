@@ -1,4 +1,4 @@
-"""Tables and plot of `ablate.py`: nano's figures beside the paper's (arXiv 2507.16116, tables 2, 4 and 5; VBench-I2V totals)."""
+"""Tables and plot of `ablate.py`: nano's and the paper's figures (arXiv 2507.16116)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Row = dict[str, Any]
 ITERATIONS, STRENGTHS, STEPS = (150, 450, 750, 900, 1200), (1.0, 1.4, 1.7, 2.0), (2, 5, 10, 20)
 FULL, HALF = 32, 16  # ranks, for the paper's 512 and 256
 
-# What the paper has for the same cells, by strength in the first three.
+# The paper's VBench-I2V totals (tables 2, 4, 5) for the same cells; the first three by strength.
 _SAMPLING = {
-    "fully random": (81.78, 87.69, 86.93), "first frame clean": (73.27, 72.54, 72.42), "PTSS 0.2": (77.96, 81.57, 84.74),
-    "PTSS 0.5": (79.63, 86.38, 87.36), "PTSS 0.8": (80.71, 85.98, 86.49),
+    "fully random": (81.78, 87.69, 86.93), "first frame clean": (73.27, 72.54, 72.42),
+    "PTSS 0.2": (77.96, 81.57, 84.74), "PTSS 0.5": (79.63, 86.38, 87.36), "PTSS 0.8": (80.71, 85.98, 86.49),
 }  # fmt: skip
 _RANK = {HALF: (79.75, 83.12, 85.86, 84.22), FULL: (80.17, 86.46, 87.11, 85.98)}
 _ITERATIONS = {
@@ -27,27 +27,18 @@ _TRAINED = {  # the LoRA at 1.4, by iterations
     "fully random": {150: 81.62, 900: 87.09}, "all weights, fully random": {150: 83.78, 900: 84.06},
     "all weights, first frame clean": {150: 75.01, 900: 73.21},
 }  # fmt: skip
-_STUDENT = {
-    2: 12.71,
-    3: 4.30,
-    4: 3.18,
-    5: 2.78,
-    6: 2.57,
-    7: 2.45,
-    8: 2.36,
-    9: 2.31,
-    10: 2.26,
-}  # t of 95 % by number of values
+# Student's t of 95 % by number of values.
+_STUDENT = dict(enumerate((12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26), start=2))
 
 
 def values(rows: Sequence[Row], measure: str = "total", **where: Any) -> list[float]:
-    """A measure of the rows that have these entries; ten inference steps where none are named."""
+    """A measure of the rows with these entries; `steps` defaults to ten."""
     where = {"steps": 10} | where
     return [row[measure] for row in rows if all(row[k] == v for k, v in where.items())]
 
 
 def cell(rows: Sequence[Row], measure: str = "total", paper: float | None = None, **where: Any) -> str:
-    """Mean over seeds with a 95 % interval where there are several (Student's t), and the paper's figure in brackets."""
+    """Mean over seeds ± 95 % interval (Student's t) if several, the paper's figure in brackets."""
     found = values(rows, measure, **where)
     text = f"{mean(found):.1f}" if found else "-"
     if len(found) > 1:
@@ -104,9 +95,11 @@ def tables(rows: Sequence[Row], scenes: int) -> str:
         ]
         for name, paper in _TRAINED.items()
     ]
+    title = "Timestep sampling, 900 iterations; the last three columns at strength 1.4"
     return "\n\n".join([
-        f"{seeds} seed{'s' if seeds != 1 else ''}, {scenes} held-out scenes a row, mean ± 95 % interval over seeds; the base without a LoRA: {base}.",
-        _table("Timestep sampling, 900 iterations; the last three columns at strength 1.4", ("sampling", *strengths[:3], *halves, "path, px"), sampling),
+        f"{seeds} seed{'s' if seeds != 1 else ''}, {scenes} held-out scenes a row, mean ± 95 % interval over seeds; "
+        f"the base without a LoRA: {base}.",
+        _table(title, ("sampling", *strengths[:3], *halves, "path, px"), sampling),
         _table("LoRA rank and strength, 750 iterations", ("rank", *strengths), ranks),
         _table("Iterations and strength", ("iterations", *strengths), iterations),
         _table("Inference steps, 900 iterations at strength 1.4", ("steps", "total", *halves), steps),
@@ -115,7 +108,7 @@ def tables(rows: Sequence[Row], scenes: int) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """A picture: total by iterations, by strength and by inference steps; bars are 95 % intervals over seeds."""
+    """Total by iterations, strength and inference steps; bars are 95 % intervals over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")

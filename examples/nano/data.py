@@ -1,4 +1,4 @@
-"""What nano learns from: scenes of the sprites' grammar, a share of them before a photograph, a few of the photograph alone."""
+"""nano's training clips: scenes of the sprites' grammar, some with a photograph as background."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from pusa_fast.data import sprites
 
 PHOTO_SHARE = 0.25
-STILL_SHARE = 0.25  # of the photographs: nothing moves before them
-# How often each shape is drawn, next to the most frequent: crosses and squares are learnt last, circles from the first steps.
+STILL_SHARE = 0.25  # of the photographs: nothing moves in front of them
+# How often each shape is drawn, relative to the most frequent: crosses and squares are learnt last.
 SHAPE_RATES = {"circle": 0.35, "square": 0.7, "triangle": 0.5, "cross": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """`photo`: float [SIZE, SIZE, 3], the background in place of the scene's own; `still`: the shape is left out."""
+    """`photo`: float [SIZE, SIZE, 3] in place of the background; `still`: without the shape."""
 
     scene: sprites.Scene
     photo: Tensor | None = None
@@ -29,7 +29,7 @@ class Sample:
 def draw(
     generator: torch.Generator, held_out: bool = False, photo_share: float = PHOTO_SHARE, frames: int = sprites.FRAMES
 ) -> Sample:
-    """A random sample; `held_out` takes combinations and photographs that no stage is trained on."""
+    """A random sample; `held_out`: of combinations and photographs that no stage is trained on."""
     scene = sprites.draw_scene(generator, held_out, frames)
     while not held_out and torch.rand((), generator=generator) >= SHAPE_RATES[scene.shape]:
         scene = sprites.draw_scene(generator, held_out, frames)

@@ -1,17 +1,18 @@
 """Score nano on held-out scenes with the oracle: base against base + LoRA, 95 % intervals.
 
-    python examples/nano/evaluate.py                        # prints the table
-    python examples/nano/evaluate.py --clips 1000 --write   # also writes results.json and the tables of docs/nano.md
-    python examples/nano/evaluate.py --tables               # only the tables, from results.json
+    python examples/nano/evaluate.py                       # prints the table
+    python examples/nano/evaluate.py --clips 1000 --write  # also writes results.json, docs/nano.md
+    python examples/nano/evaluate.py --tables              # only docs/nano.md, from results.json
 
-Held-out scenes are combinations of colour, shape and direction that no training stage has seen. A frame in which nothing
-stands out counts as 32 pixels of error.
+Held-out scenes are combinations of colour, shape and direction that no training stage has seen. A
+frame in which the oracle finds no shape counts as 32 pixels of error.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ BASE, TUNED = "base", "base + Pusa LoRA"
 
 
 def evaluate(folder: str, scenes: Sequence[sprites.Scene]) -> dict[str, Results]:
-    """Results of both models; a bar on the terminal."""
+    """Results of both models, with a progress bar."""
     found: dict[str, Results] = {}
     with Progress() as progress, workers() as pool:
         for label, lora in ((BASE, {}), (TUNED, None)):
@@ -44,15 +45,12 @@ def evaluate(folder: str, scenes: Sequence[sprites.Scene]) -> dict[str, Results]
 
 
 def vae_psnr(pipe: Pipeline, photo: bool, clips: int, seed: int) -> list[float]:
-    """PSNR in dB of held-out clips after encode and decode; `photo`: before a photograph that no stage has seen."""
+    """PSNR in dB of held-out clips after encode and decode; `photo`: with an unseen photograph."""
     generator = torch.Generator().manual_seed(seed + photo)
     found = []
     for _ in range(clips):
-        clip = (
-            data.render([data.draw(generator, held_out=True, photo_share=float(photo))]).permute(0, 4, 1, 2, 3).float()
-            / 127.5
-            - 1
-        )
+        sample = data.draw(generator, held_out=True, photo_share=float(photo))
+        clip = data.render([sample]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         found.append(float(10 * torch.log10(4 / (pipe.vae.decode(pipe.vae.encode(clip)) - clip).square().mean())))
     return found
 
@@ -67,19 +65,20 @@ def table(results: dict[str, Results]) -> str:
 
 
 def text_of(record: Mapping[str, Any]) -> str:
-    """The table and what is to be said below it."""
+    """The table and the notes below it."""
     psnr, defaults = record["vae_psnr_db"], record["sampling"]
-    return (
-        f"{table(record['results'])}\n\n"
-        f"{record['clips']} held-out scenes (seed {record['seed']}), {defaults['steps']} steps, guidance {defaults['guidance_scale']}, "
-        f"float32 on the CPU. VAE on {len(psnr['procedural'])} held-out clips each: {cell(psnr['procedural'], False)} dB before procedural "
-        f"backgrounds, {cell(psnr['photographic'], False)} dB before a photograph that no stage has seen. Scene by scene, the seam's jump with "
-        f"the LoRA less that of the true clip: {seam(record['results'])}."
+    notes = (
+        f"{record['clips']} held-out scenes (seed {record['seed']}), {defaults['steps']} steps, guidance "
+        f"{defaults['guidance_scale']}, float32 on the CPU. VAE on {len(psnr['procedural'])} held-out clips each: "
+        f"{cell(psnr['procedural'], False)} dB with procedural backgrounds, {cell(psnr['photographic'], False)} dB "
+        f"with a photograph that no stage has seen. Seam jump with the LoRA minus that of the true clip, scene by "
+        f"scene: {seam(record['results'])}."
     )
+    return f"{table(record['results'])}\n\n{textwrap.fill(notes, 118)}"
 
 
 def seam(results: Mapping[str, Results]) -> str:
-    """How much further the shape jumps at the seam than in the same true clip, scene by scene."""
+    """How much further the shape jumps at the seam than in the true clip, scene by scene."""
     tasks = [name for name, measures in results[TUNED].items() if "seam jump px" in measures]
     cells = []
     for task in tasks:
@@ -117,8 +116,8 @@ def main() -> None:
         for name in ("procedural", "photographic")
     }
     record = {
-        "clips": args.clips, "seed": args.seed, "seconds": round(time.monotonic() - start), "training": pipe.spec["training"],
-        "sampling": {name: pipe.defaults[name] for name in ("steps", "guidance_scale")},
+        "clips": args.clips, "seed": args.seed, "seconds": round(time.monotonic() - start),
+        "training": pipe.spec["training"], "sampling": {k: pipe.defaults[k] for k in ("steps", "guidance_scale")},
         "torch": torch.__version__, "vae_psnr_db": psnr, "results": results,
     }  # fmt: skip
     print(text_of(record))
@@ -133,25 +132,23 @@ def write_page(record: Mapping[str, Any]) -> None:
 
 
 def training_table(training: dict[str, Any]) -> str:
-    """Steps, time and last logged figures of each stage, as model.json has them."""
+    """Steps, time and last logged figures of each stage, from model.json."""
     rows = ["| stage | steps | time | last figures |", "|---|---|---|---|"]
     for name, stage in training["stages"].items():
         figures = ", ".join(f"{k} {v:.4g}" for k, v in stage.items() if k not in ("steps", "seconds"))
         rows.append(f"| {name} | {stage['steps']} | {stage['seconds'] / 60:.0f} min | {figures} |")
-    return (
-        "\n".join(rows)
-        + f"\n\nSeed {training['seed']}, float32, {training['threads']} CPU threads, torch {training['torch']}."
-    )
+    foot = f"Seed {training['seed']}, float32, {training['threads']} CPU threads, torch {training['torch']}."
+    return "\n".join([*rows, "", foot])
 
 
 def between(page: str, start: str, text: str) -> str:
-    """The page with what stands between `start` and the next end mark replaced."""
+    """The page with the text between `start` and the next end mark replaced."""
     before, _, rest = page.partition(start)
     return f"{before}{start}\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
 
 
 def _rounded(value: Any) -> Any:
-    """Thousands of values at six digits."""
+    """The same structure with floats rounded to six digits."""
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
     if isinstance(value, list):

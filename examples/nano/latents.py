@@ -1,4 +1,4 @@
-"""Stage 3 of nano: the clips that base and LoRA learn from, as `pusa-fast prepare` would leave them, but rendered on the spot."""
+"""Stage 3 of nano: renders the clips for base and LoRA and stores them as `prepare` does."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from pusa_fast.weights import load_vae
 from pusa_fast.weights.pretrained import find_model
 
 CLIPS, SHARD = 10_000, 400
-PHOTO_SHARE = 0.1  # their errors are four times those of other clips: more of them drown the rest
+PHOTO_SHARE = 0.1  # their errors are four times those of other clips: more would drown the rest
 _TOGETHER = 20
 
 
 def folder(run: Path, model: Path) -> Path:
-    """Named by the VAE, the text encoder and what is drawn, so that latents of others are never taken."""
+    """Named by a hash of VAE, text encoder and recipe, so that no other latents are ever used."""
     drawn = (PHOTO_SHARE, data.STILL_SHARE, data.SHAPE_RATES, *sprites.GRAMMAR)
     return run / f"latents-{hashlib.sha256(repr((*_encoders(run, model).values(), drawn)).encode()).hexdigest()[:12]}"
 
 
 def _encoders(run: Path, model: Path) -> dict[str, str]:
-    """Hashes, as `prepare` has them."""
+    """Their hashes, as `prepare` computes them."""
     return model_hashes(find_model(model), Catalog(run / FILES))
 
 
@@ -44,15 +44,16 @@ def sample(seed: int, index: int) -> tuple[data.Sample, str]:
 
 
 def prepare(run: Path, model: Path, seed: int, clips: int) -> Path:
-    """Render, encode and store the first `clips` training clips; goes on where it was killed."""
+    """Render, encode and store the first `clips` training clips; resumes after a kill."""
     out = folder(run, model)
     vae = load_vae(model / "vae.safetensors", dtype=torch.float32)
     text = TextEncoder.from_directory(
         model / "text_encoder", model / "tokenizer", dtype=torch.float32, text_len=TEXT_LEN
     )
-    text.cache_size = 100_000  # captions come again and again
+    text.cache_size = 100_000  # captions repeat
     about = {
-        **_encoders(run, model), "channels": vae.config.z_dim, "text_dim": text.model.config.d_model, "text_len": text.text_len,
+        **_encoders(run, model), "channels": vae.config.z_dim, "text_dim": text.model.config.d_model,
+        "text_len": text.text_len,
     }  # fmt: skip
     with StoreWriter(out, about, SHARD) as writer:
         writer.write_empty_text(_rows(text, ""))

@@ -1,7 +1,7 @@
 """Muon for convolution kernels in float32, AdamW for the rest.
 
-torch.optim.Muon takes matrices only and orthogonalises in bfloat16, which a CPU without bf16 units runs far slower than
-float32. docs/nano.md compares it with AdamW on nano's VAE.
+torch.optim.Muon takes only matrices and orthogonalises in bfloat16, which is far slower than
+float32 on a CPU without bf16 units.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by five Newton-Schulz steps (Jordan 2024); updates scaled to the RMS of AdamW's (x 0.2)."""
+    """Momentum, orthogonalised in five Newton-Schulz steps (Jordan 2024); AdamW's RMS (x 0.2)."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.9) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -44,7 +44,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 def split(
     model: nn.Module, *, lr: float, adam_lr: float, keep_out: tuple[str, ...] = ()
 ) -> list[torch.optim.Optimizer]:
-    """Muon on every hidden kernel or matrix; AdamW on gains, biases, narrow layers and names that contain `keep_out`."""
+    """Muon for hidden kernels and matrices; AdamW for vectors, narrow layers and `keep_out`."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     hidden = {
         n: p

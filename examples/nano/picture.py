@@ -1,4 +1,4 @@
-"""Draw the first and last frame of a scene for nano: `picture.py red circle right gray first.png last.png`."""
+"""A nano scene's first and last frame: `picture.py red circle right gray first.png last.png`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""How well a model does nano's tasks: clips made in batches by several processes, measured by the oracle, with 95 % intervals.
+"""Scores a model on nano's tasks: several processes make clips, the oracle measures them.
 
-A batch goes through the same functions as `Pipeline`, twenty clips at a time; that changes rounding, not results.
+A batch of twenty clips goes through the same functions as in `Pipeline`: rounding differs, results
+do not. Means have 95 % intervals.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pusa_fast.weights import load_vae
 from pusa_fast.weights.files import file_hash
 from pusa_fast.weights.pretrained import find_model
 
-LOST = 32.0  # pixels of error of a frame in which nothing stands out
+LOST = 32.0  # pixels of error of a frame in which the oracle finds no shape
 BATCH = 20
 Scores = dict[str, float]
 Results = dict[str, dict[str, list[float]]]  # task -> measure -> one value a scene
@@ -34,7 +35,7 @@ Results = dict[str, dict[str, list[float]]]  # task -> measure -> one value a sc
 
 @dataclass(frozen=True)
 class Model:
-    """What is scored: a model folder or "nano", its LoRAs ({path: strength}; None: its own), the sampler's steps (None: its own)."""
+    """A model folder or "nano", LoRAs ({path: strength}; None: its own), steps (None: its own)."""
 
     folder: str
     lora: Mapping[str, float] | None = None
@@ -74,9 +75,9 @@ def start_end(scene: sprites.Scene, truth: Tensor, rebuilt: Tensor, clip: Tensor
 
 @dataclass(frozen=True)
 class Task:
-    """`given`: (frame of the true clip, latent it is given as, noise); `score`: what the oracle makes of the result.
+    """`given`: (frame of the true clip, latent frame it conditions, noise).
 
-    It is told the scene, the true clip, that clip encoded and decoded, and the result.
+    `score` gets the scene, the true clip, that clip encoded and decoded, and the result.
     """
 
     given: tuple[tuple[int, int, float], ...]
@@ -123,7 +124,7 @@ def make(
     seeds: Sequence[int],
     steps: int | None = None,
 ) -> Tensor:
-    """One clip a caption, uint8 [N, T, H, W, 3], as `pipe(caption, conditions=..., seed=...)` makes it. truths [N, T, H, W, 3]."""
+    """One clip per caption, as `pipe(...)` makes it. truths and result: uint8 [N, T, H, W, 3]."""
     defaults, config = pipe.defaults, pipe.vae.config
     assert pipe.text_encoder is not None
     starts = []
@@ -151,26 +152,26 @@ def make(
 
 @torch.no_grad()
 def through_vae(vae: WanVAE, clips: Tensor) -> Tensor:
-    """uint8 [N, T, H, W, 3], encoded and decoded."""
+    """Clips uint8 [N, T, H, W, 3], encoded and decoded."""
     latents = vae.encode(clips.permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
     return torch.cat(list(vae.decode_frames(latents)), dim=1)
 
 
 @functools.lru_cache(maxsize=8)
 def _rebuilt(vae: Path, sha256: str, scenes: tuple[sprites.Scene, ...]) -> Tensor:
-    """The true clips through a VAE: the same for every model that has it."""
+    """The true clips through a VAE: the same for every model with this VAE."""
     return through_vae(load_vae(vae, dtype=torch.float32), sprites.render(scenes))
 
 
 def workers(count: int | None = None) -> ProcessPoolExecutor:
-    """Processes of one thread each (None: as many as there are cores) for any number of calls; they end with this one."""
+    """Single-threaded processes (None: one per core), reusable; they end with this process."""
     return ProcessPoolExecutor(count or len(os.sched_getaffinity(0)), get_context("spawn"), _start)
 
 
 def score(
     pool: ProcessPoolExecutor | None, model: Model, scenes: Sequence[sprites.Scene], tasks: Sequence[str] = tuple(TASKS)
 ) -> Iterator[tuple[int, Results]]:
-    """(scenes done, results so far) after each batch, in the order of the scenes; clip i has sampling seed i. `pool` None: here."""
+    """(scenes done, results so far) after each batch; clip i has seed i. `pool` None: inline."""
     starts = range(0, len(scenes), BATCH)
     jobs = [(model, list(scenes[at : at + BATCH]), at, tuple(tasks)) for at in starts]
     found: Results = {}
@@ -187,7 +188,7 @@ def _start() -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """A worker whose parent was killed would otherwise wait for work forever."""
     parent = parent_process()
     assert parent is not None
     parent.join()

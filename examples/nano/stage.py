@@ -1,4 +1,4 @@
-"""What the three stages of nano's training share: the loop, its learning rate, its checkpoints and its log."""
+"""Shared by nano's own training stages: the loop, its learning rate, checkpoints and log."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def save_atomic(value: Any, path: Path) -> None:
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step depend on seed and step alone, so a resumed run draws the same ones."""
+    """Random numbers that depend on seed and step alone, so a resumed run draws the same ones."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
@@ -50,10 +50,11 @@ def train(
     start: int = 0,
     log_every: int = 50,
 ) -> None:
-    """Minimise `loss_fn(step)` for `steps` steps, resuming from `run/name.pt`; metrics go to `run/name.jsonl`.
+    """Minimise `loss_fn(step)` for `steps` steps, resuming from `run/name.pt`.
 
-    `plan` says what the weights depend on (seed, steps, input weights): a checkpoint of another plan is refused with a
-    ValueError. `start`: the step that the modules' weights come from where there is no checkpoint.
+    Metrics go to `run/name.jsonl`. `plan` names what the weights depend on (seed, steps, input
+    weights); ValueError for a checkpoint of another plan. `start`: the step of the modules'
+    weights, without a checkpoint.
     """
     run.mkdir(parents=True, exist_ok=True)
     path, log = run / f"{name}.pt", run / f"{name}.jsonl"

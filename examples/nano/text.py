@@ -1,6 +1,6 @@
-"""Stage 2 of nano: the text encoder, a two-layer UMT5 with a word-level tokenizer made from the sprites' grammar.
+"""Stage 2 of nano: the text encoder, a two-layer UMT5, its tokenizer made from the sprites' words.
 
-It learns to say each caption's attributes from the mean of its rows; afterwards it is frozen, as Wan's is.
+It learns to predict a caption's attributes from the mean of its rows, then is frozen, as Wan's is.
 """
 
 from __future__ import annotations
@@ -20,39 +20,21 @@ from pusa_fast.data import sprites
 TEXT_LEN, WIDTH = 24, 64
 STEPS, BATCH = 500, 128
 _ATTRIBUTES = ("shape", "color", "size", "direction", "speed", "background")
-_EXTRA = [
-    "a",
-    "an",
-    "the",
-    "moves",
-    "slides",
-    "is",
-    "moving",
-    "to",
-    "on",
-    "background",
-    "with",
-    "and",
-    "in",
-    "of",
-    "from",
-    "clip",
-    "video",
-    "shape",
-    "slow",
-    "fast",
-    "still",
-    "photo",
-]
+_EXTRA = "a an the moves slides is moving to on background with and in of from clip video shape slow fast still photo"
 
 
 def build_tokenizer() -> Any:
-    """A PreTrainedTokenizerFast: lower case, words and punctuation, `</s>` at the end as T5 has it."""
+    """A PreTrainedTokenizerFast: lower case, words and punctuation, `</s>` at the end as in T5."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     grammar = sprites.GRAMMAR
-    words = ["<pad>", "</s>", "<unk>", *dict.fromkeys([*(w for table in grammar for w in table), *_EXTRA, ".", ","])]
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *dict.fromkeys([*(w for table in grammar for w in table), *_EXTRA.split(), ".", ","]),
+    ]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
@@ -61,7 +43,7 @@ def build_tokenizer() -> Any:
 
 
 class TextStack(nn.Module):
-    """Tokenizer and encoder as the pipeline uses them, but with gradients: captions -> [B, TEXT_LEN, D], zero rows after the end."""
+    """Tokenizer and encoder with gradients: captions -> [B, TEXT_LEN, D], zero rows at the end."""
 
     def __init__(self, encoder: nn.Module, tokenizer: Any) -> None:
         super().__init__()
@@ -101,14 +83,14 @@ class TextStack(nn.Module):
 
 
 def train(run: Path, seed: int, scale: float) -> TextStack:
-    """A fresh encoder that knows what its captions say."""
+    """A new encoder, trained to predict what its captions say."""
     torch.manual_seed(seed)
     stack = TextStack.build(WIDTH)
     tables = [[*table, "", "photo"] for table in sprites.GRAMMAR]  # "": the caption does not say
     heads = nn.ModuleList(nn.Linear(WIDTH, len(table)) for table in tables)
     both = nn.ModuleDict({"text": stack, "heads": heads})
     optimizer = torch.optim.AdamW(both.parameters(), lr=2e-3, weight_decay=0.0)
-    # The table of words is drawn at standard deviation 1, as T5's is: rows stay apart from the first step on.
+    # Word embeddings start at standard deviation 1, as T5's do: rows differ from the first step on.
     right = [0.0]
 
     def loss_fn(step: int) -> Tensor:

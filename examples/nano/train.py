@@ -1,11 +1,11 @@
-"""Train the embedded model from nothing, unattended: VAE, text encoder, clips, text-to-video base, Pusa LoRA.
+"""Train the embedded model from scratch: VAE, text encoder, clips, text-to-video base, Pusa LoRA.
 
-    python examples/nano/train.py --out mine --run runs/mine          # everything, hours on two cores; again after a kill
-    python examples/nano/train.py --out trial --run runs/trial --scale 0.01   # a trial of a few minutes
+    python examples/nano/train.py --out mine --run runs/mine     # hours; repeat it after a kill
+    python examples/nano/train.py --out try --run runs/try --scale 0.01   # a few minutes
 
-Each stage resumes from its checkpoint in --run. A stage that --out already holds for this seed and plan is taken from
-there; a VAE or base that stopped half-way there goes on from those weights (with fresh optimisers, and as many steps as are
-left). `--export` writes the weights of an unfinished VAE or base to --out and stops.
+Each stage resumes from its checkpoint in --run. A stage that --out already holds for this seed and
+step count is not repeated; an unfinished VAE or base in --out is trained for the remaining steps,
+with new optimisers. `--export` writes the weights of an unfinished VAE or base to --out and stops.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
         "--threads",
         type=int,
         default=dit.threads(),
-        help="of the VAE and text encoder; base and LoRA take as many processes",
+        help="for the VAE and text encoder; base and LoRA use as many processes",
     )
     parser.add_argument("--export", action="store_true", help="write the weights of the newest checkpoint to --out")
     parser.add_argument("--until", choices=tuple(STAGES), default="lora", help="the last stage to run")
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 class Nano:
-    """Runs the stages in order; what `out` holds is always a state that one can go on from."""
+    """Runs the stages in order; `out` always holds a state to continue from."""
 
     def __init__(self, run: Path, out: Path, seed: int, scale: float) -> None:
         self.run, self.out, self.seed, self.scale = run, out, seed, scale
@@ -83,7 +83,7 @@ class Nano:
             steps, done = plan(self.scale), self.stages.get(name, {}).get("steps", 0)
             if done > steps:
                 raise SystemExit(
-                    f"{self.out} holds {done} steps of {name}, the plan has {steps}: give another --out, or a larger --scale"
+                    f"{self.out} holds {done} steps of {name}, above {steps}: give another --out or a larger --scale"
                 )
             if done == steps:
                 print(
@@ -95,7 +95,7 @@ class Nano:
                 return
 
     def export(self) -> None:
-        """Write the base, or the VAE, as it stands in its newest checkpoint."""
+        """Write the base, or else the VAE, from its newest checkpoint."""
         start = self.stages.get("base", {}).get("steps", 0)
         if (self._base_run(start) / "checkpoints").is_dir():
             done = export_run(self._base_config(start))
@@ -131,7 +131,7 @@ class Nano:
         return self.run / f"base-from-{start}"
 
     def _base_config(self, start: int) -> TrainConfig:
-        """From nothing, or from the shipped weights after `start` steps, with another order of clips."""
+        """From scratch, or from the weights in `out` after `start` steps, in another clip order."""
         first = self._base_run(start).with_suffix(".safetensors")
         if not first.exists():
             self.run.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ class Nano:
         return figures
 
     def _lora(self, start: int) -> dict[str, Any]:
-        # On the weights as they are shipped, so that the adapter fits their rounding.
+        # On the rounded weights that are shipped, so that the adapter fits them.
         config = dit.lora_config(self.out, self._clips(), self.run / "lora", self.seed, self.scale)
         done = _finished(launch.run(config, dit.processes()))
         assert done.weights is not None
@@ -172,28 +172,31 @@ class Nano:
             "name": "nano", "dit": "dit.safetensors", "vae": "vae.safetensors",
             "text": {"encoder": "text_encoder", "tokenizer": "tokenizer", "text_len": text.TEXT_LEN},
             "lora": {"pusa_lora.safetensors": 1.0} if "lora" in self.stages else {}, "defaults": DEFAULTS,
-            "training": {"seed": self.seed, "torch": torch.__version__, "threads": torch.get_num_threads(), "stages": self.stages},
+            "training": {
+                "seed": self.seed, "torch": torch.__version__, "threads": torch.get_num_threads(),
+                "stages": self.stages,
+            },
         }  # fmt: skip
         if not (self.out / "dit.safetensors").exists() and "text" in self.stages:
-            dit.write_untrained(self.out / "dit.safetensors", self.seed)  # a model folder is whole, or is none
+            dit.write_untrained(self.out / "dit.safetensors", self.seed)  # a model folder must be complete
         write_text(self.out / "model.json", json.dumps(model, indent=1) + "\n")
 
 
 def _finished(done: Outcome) -> Outcome:
     if done.weights is None:
-        raise SystemExit(f"stopped after {done.step} steps: start the same command again to go on")
+        raise SystemExit(f"stopped after {done.step} steps: run the same command again to continue")
     return done
 
 
 def _last(log: Path) -> dict[str, Any]:
-    """The last row that a stage logged, without its number."""
+    """The last row that a stage logged, without its step."""
     row: dict[str, Any] = json.loads(log.read_text().splitlines()[-1])
     row.pop("step")
     return row
 
 
 def _figures(run: Path) -> dict[str, Any]:
-    """Seconds of all steps, mean loss of the last hundred and the last validation loss."""
+    """Seconds of all steps, mean loss of the last hundred, and the last validation loss."""
     rows = read_metrics(run)
     steps = [row for row in rows if "seconds" in row]
     losses = [row["loss"] for row in steps[-100:]]

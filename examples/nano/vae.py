@@ -1,4 +1,4 @@
-"""Stage 1 of nano: the VAE. Single frames first, then clips; small crops around the shape, where the detail is."""
+"""Stage 1 of nano: the VAE. Single frames first, then clips; small crops around the shape."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from pusa_fast.model.vae.layers import CausalConv3d, Downsample, Upsample
 from pusa_fast.model.vae.model import WanVAE
 
 KL_WEIGHT = 1e-6  # 1e-4 stalls at 20 dB
-# The decoder sees latents with up to this much noise, in their own standard deviations: a transformer's latents are not exact.
+# The decoder trains on latents with up to this much noise, in their standard deviations, since a
+# transformer's latents are not exact.
 NOISE = 0.4
 ARCHITECTURE = {"base_dim": 8, "dim_mult": (1, 2, 4, 8), "num_res_blocks": 1}
 
@@ -37,7 +38,7 @@ PHASES = (Phase(900, 64, 1, 32), Phase(900, 16, 9, 32), Phase(200, 4, 17, 64))
 
 
 def build(seed: int) -> WanVAE:
-    """A fresh VAE that treats the frames of a clip alike: temporal taps start at 'this frame' and 'mean of the pair'."""
+    """A new VAE whose temporal taps start at "this frame" and "mean of the pair"."""
     torch.manual_seed(seed)
     vae = WanVAE(VAEConfig(**ARCHITECTURE))
     with torch.no_grad():
@@ -58,7 +59,7 @@ def build(seed: int) -> WanVAE:
 def batch(
     phase: Phase, generator: torch.Generator, held_out: bool = False, photo_share: float = data.PHOTO_SHARE
 ) -> Tensor:
-    """Random crops [N, 3, T, crop, crop] in [-1, 1], most of them near the shape."""
+    """Random crops [N, 3, T, crop, crop] in [-1, 1], most of them around the shape."""
     samples = [data.draw(generator, held_out, photo_share) for _ in range(phase.batch)]
     clips = data.render(samples, phase.frames)
     if phase.crop < sprites.SIZE:
@@ -81,16 +82,16 @@ def to_signal(clips: Tensor) -> Tensor:
 
 
 def psnr(vae: WanVAE, clips: Tensor) -> float:
-    """PSNR in dB over pixels in 0..255 of clips [N, 3, T, H, W] after encode and decode."""
+    """PSNR in dB of clips [N, 3, T, H, W] after encode and decode."""
     with torch.no_grad():
         error = F.mse_loss(vae.decode_whole(vae.encode_moments(clips)[0]).clamp(-1, 1), clips)
     return 10 * math.log10(4 / float(error))
 
 
 def train(run: Path, seed: int, scale: float, begun: WanVAE | None = None, start: int = 0) -> WanVAE:
-    """Train, measure the latents' statistics over whole clips, and return the VAE that carries them.
+    """Train, then measure the latents' statistics over whole clips; returns the VAE with both.
 
-    `begun`: a VAE that stopped after `start` steps, to go on from with fresh optimisers.
+    `begun`: a VAE that stopped after `start` steps, to continue with new optimisers.
     """
     vae = begun or build(seed)
     optimizers = muon.split(vae, lr=0.01, adam_lr=2e-3)
@@ -123,7 +124,7 @@ def train(run: Path, seed: int, scale: float, begun: WanVAE | None = None, start
 
 
 def with_statistics(vae: WanVAE, seed: int, clips: int = 256) -> WanVAE:
-    """The same weights with latents_mean and latents_std measured per channel, so that latents are of unit scale."""
+    """The same weights with measured latents_mean and latents_std, so latents have unit scale."""
     generator = torch.Generator().manual_seed(seed + 1)
     phase = Phase(0, 16, sprites.FRAMES, sprites.SIZE)
     with torch.no_grad():

@@ -132,7 +132,7 @@ def test_a_run_that_dies_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.
         (("e2e", "--size", "4k"), "--size 4k does not exist: choose from 480p, 720p"),
         (("e2e", "--steps", "0"), "--steps must be at least 1, got 0"),
         (("e2e", "--model", "wan2.1-t2v-14b"), "is a size, not weights: add --random-weights"),
-        (("e2e", "--model", "nano", "--random-weights"), "--model nano is no size that random weights can be made of"),
+        (("e2e", "--model", "nano", "--random-weights"), "--model nano is not a size with random weights"),
         (("e2e", "--device", "cpu", "--random-weights"), "needs a GPU of 80 GB: on the CPU run --model nano"),
         (("e2e", "--precision", "fp4"), "--precision fp4 does not exist"),
         (("compare", "HEAD~9999", "HEAD"), "HEAD~9999 is neither a result file nor a commit"),

@@ -121,12 +121,12 @@ def test_files_that_cannot_be_compared(tmp_path: Path) -> None:
     assert "have no measurement in common" in run("compare", ours, write(tmp_path / "c.json", ops_result())).stderr
     (tmp_path / "d.json").write_text("{")
     assert "d.json is not valid JSON" in run("compare", ours, str(tmp_path / "d.json")).stderr
-    assert "is no result of bench" in run("compare", ours, write(tmp_path / "e.json", [1])).stderr
+    assert "is not a result of bench" in run("compare", ours, write(tmp_path / "e.json", [1])).stderr
     elsewhere = write(tmp_path / "f.json", ops_result(row("pusa", 1.0), card=card("NVIDIA H200")))
     assert "the ratios compare machines, not code" in run("compare", ours, elsewhere).stderr
 
 
-def test_versions_are_measured_turn_and_turn_about(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_are_measured_alternately(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     medians = iter((10.0, 30.0, 34.0, 12.0))
 
@@ -346,7 +346,7 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- bench:speed -->\n<!-- /bench:speed -->", "README.md: there is no table bench:speed: choose from ops"),
+        ("<!-- bench:speed -->\n<!-- /bench:speed -->", "README.md: table bench:speed does not exist: choose from ops"),
         ("<!-- bench:ops -->\n", "README.md: <!-- bench:ops --> is not closed"),
         ("<!-- /bench:ops -->\n", "do not match"),
         ("<!-- bench:ops --><!-- bench:dit -->", "do not match"),

@@ -240,7 +240,7 @@ def test_ablation_trains_and_scores_what_is_missing(load: Any, tmp_path: Path, m
 def test_a_stopped_ablation_says_how_to_go_on(load: Any, tmp_path: Path) -> None:
     ablate = load("ablate")
     training = ablate.Training(ablate.RUNS[0], 0, (150,), tmp_path, tmp_path)
-    with pytest.raises(SystemExit, match="start the same command again"):
+    with pytest.raises(SystemExit, match="run the same command again"):
         training.done(None, None)
 
 
