@@ -89,7 +89,8 @@ def main() -> None:
     stop_after(3)
     train(load_config("train.yaml", ["out=run"]))
     Path("train.yaml").unlink()
-    vendor = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("vendor_id"))
+    processor = Path("/proc/cpuinfo").read_text().splitlines()
+    vendor = next(line.split(":")[1].strip() for line in processor if line.startswith("vendor_id"))
     about = {
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
