@@ -6,12 +6,10 @@ import copy
 import functools
 import importlib.util
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,8 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
+
+from programs import PRELOADED, Program
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -191,92 +191,29 @@ def finished(_tiny_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
     return find
 
 
-# Of a forked program: a session and a folder of its own, its output to files, then what `python` does with such words.
-_PROGRAM = """
-import os, runpy, sys
-import torch
-os.setsid()
-os.chdir(folder)
-os.environ.update(environment)
-for number, path in enumerate(outputs, start=1):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-torch.set_num_threads(1)
-sys.path.insert(0, folder)
-sys.argv = words[1:] if words[0] == "-m" else words
-if words[0] == "-m":
-    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-else:
-    runpy.run_path(words[0], run_name="__main__")
-"""
-
-
-class Program:
-    """Python with these words (`"-m", module, ...` or `file, ...`) as a process; as `subprocess.Popen`, where it has the same names."""
-
-    def __init__(
-        self, forks: ForkServerContext, folder: Path, name: str, words: list[str], environment: dict[str, str]
-    ) -> None:
-        self.outputs = [folder / f"{name}.{stream}" for stream in ("out", "err")]
-        given = {
-            "folder": str(folder),
-            "environment": environment,
-            "outputs": [str(path) for path in self.outputs],
-            "words": words,
-        }
-        self._process = forks.Process(target=exec, args=(_PROGRAM, given), daemon=False)
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        assert self.returncode is not None, (
-            f"still running after {timeout} s: {[path.read_text() for path in self.outputs]}"
-        )
-        return self.returncode
-
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Waits for its end. Returns (stdout, stderr)."""
-        self.wait(timeout)
-        out, err = (path.read_text() for path in self.outputs)
-        return out, err
-
-    def kill(self) -> None:
-        self._process.kill()
-
-
 @pytest.fixture(scope="session")
-def _forks() -> ForkServerContext:
-    """Forks processes that have torch and the trainer imported, which costs five seconds each time otherwise."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "pusa_fast.data.prepare", "pusa_fast.training.trainer"])
+def _fork_server() -> None:
+    """Starts the process that all programs are forked from."""
+    forkserver.set_forkserver_preload(PRELOADED)
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with pytest.MonkeyPatch.context() as patch:
-        # No thread in the server: what a thread holds while another forks stays held.
+        # One thread in the server: a lock that another thread holds during a fork stays locked in the child.
         for name, value in {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
             patch.setenv(name, value)
         forkserver.ensure_running()
-    return context
 
 
 @pytest.fixture
-def start(tmp_path: Path, _forks: ForkServerContext) -> Iterator[Callable[..., Program]]:
-    """`start("-m", "pusa_fast.cli", ..., NAME="value of the environment")`: a `Program` in `tmp_path`; what still runs at the end is killed."""
+def start(tmp_path: Path, _fork_server: None) -> Iterator[Callable[..., Program]]:
+    """`start(function, *words, NAME="value of the environment")` calls it in a `Program`. Kills what is left at the end."""
     running: list[Program] = []
 
-    def begin(*words: str | Path, **environment: str) -> Program:
-        running.append(Program(_forks, tmp_path, f"program-{len(running)}", [str(word) for word in words], environment))
+    def begin(function: Callable[..., None], *words: Any, **environment: str) -> Program:
+        running.append(Program(tmp_path, f"program-{len(running)}", environment, function, *words))
+        running[-1].start()
         return running[-1]
 
     yield begin
     for program in running:
-        if program.poll() is None:
-            program.kill()
-        program.wait(30)
+        program.kill()
+        program.join(30)

@@ -1,15 +1,32 @@
-"""The arrows of docs/design.md section 4: which part may import which, read from the sources."""
+"""docs/design.md section 4, checked: which part may import which, that no two files import each other, and where every file is.
+
+The layout block of that section is a tree, one entry a line:
+
+    folder/
+      name.py other.py      purpose of both
+      {a,b}.py              purpose; the same as a.py b.py
+      inner/                purpose of a folder, optional
+        deeper.py           purpose
+                            that goes on here
+      next.py               (later) what will be built here
+
+Indentation puts an entry into the folder above it. Names come first, separated by one space; two spaces or more end them.
+A line that begins at column 20 or after it goes on with the purpose above. `(later)` marks what must not exist yet. The page
+has to name every source file of the folders in `NAMED`, and nothing that does not exist.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import itertools
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-import pusa_fast
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
     "attention": {"kernels", "_native", "device"},
     "model": {"ops", "attention", "config", "_native", "device", "_lazy"},
     "weights": {"config", "model", "_lazy"},
-    "sampling": {"ops"},
+    "sampling": {"ops", "_lazy"},
     "media": {"video"},
     # attention: a backend asked for by name is refused before anything is loaded
     "pipeline": {"sampling", "model", "weights", "video", "config", "media", "attention", "device"},
@@ -46,7 +63,11 @@ ARROWS: dict[str, set[str]] = {
     "examples": _ALL,
     "__init__": _ALL,  # names, not imports: test_packaging.py holds what an import of the package loads
 }
-# Part -> the only packages, beside the standard library, that it may import. Unlisted: any that is installed with us.
+# (module, what it may import against the arrows): an old name of a class that has moved, loaded when a caller asks for it.
+EXCEPTIONS = {("pusa_fast.sampling.sampler", "pusa_fast.model.experts")}
+# Files that import each other all the same. Keep it empty.
+EXPECTED_CIRCLES: set[frozenset[str]] = {frozenset({"pusa_fast.model.vae.memory", "pusa_fast.model.vae.model"})}
+# Part -> the only packages, beyond the standard library, that it may import. Unlisted: any that is installed with us.
 PACKAGES: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
     "config": {"torch"},
@@ -58,6 +79,41 @@ PACKAGES: dict[str, set[str]] = {
 EXTRAS = {"diffusers", "peft", "accelerate", "pytest", "hypothesis", "ray"}
 MAY_USE_EXTRAS = {"integrations", "bench", "examples"}
 
+# The page names every file with one of these suffixes below these folders.
+NAMED, SUFFIXES = ("pusa_fast", "kernels", "csrc", "bench"), {".py", ".cpp", ".hpp", ".cu", ".sh"}
+
+
+# Files and what they import.
+
+
+@dataclass(frozen=True)
+class Import:
+    target: str  # dotted name of a module, or of a package whose name is imported
+    runtime: bool  # False for type checkers and for tables of lazy names
+
+
+def _files() -> Iterator[tuple[str, Path]]:
+    """(module name, file) of everything that the arrows bind. Tests are free."""
+    for folder, package in (
+        ("pusa_fast", "pusa_fast"),
+        ("kernels", "pusa_fast.kernels"),
+        ("bench", "bench"),
+        ("examples", "examples"),
+    ):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            names = path.relative_to(ROOT / folder).with_suffix("").parts
+            yield ".".join([package, *(names[:-1] if names[-1] == "__init__" else names)]), path
+
+
+FILES = dict(_files())
+# (package, public name) -> the module that defines it, where the package loads it on first use.
+LAZY = {
+    (module, name): home
+    for module, path in FILES.items()
+    if path.name == "__init__.py" and "lazy_names(" in path.read_text(encoding="utf-8")
+    for name, home in importlib.import_module(module)._HOME.items()
+}
+
 
 def part_of(module: str) -> str:
     """`pusa_fast.model.dit` -> model; `pusa_fast` -> __init__; `bench.timing` -> bench."""
@@ -67,79 +123,96 @@ def part_of(module: str) -> str:
     return names[1] if len(names) > 1 else "__init__"
 
 
-def sources() -> Iterator[tuple[str, Path]]:
-    """(module name, file) of everything that the arrows bind. Tests are free."""
-    for path in sorted((ROOT / "pusa_fast").rglob("*.py")):
-        names = path.relative_to(ROOT).with_suffix("").parts
-        yield ".".join(names[:-1] if names[-1] == "__init__" else names), path
-    for folder, package in (("kernels", "pusa_fast.kernels"), ("bench", "bench"), ("examples", "examples")):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            yield ".".join([package, *path.relative_to(ROOT / folder).with_suffix("").parts]), path
+def imports(source: str, module: str, is_package: bool = False) -> Iterator[Import]:
+    """What `source` imports: at the top, inside functions, for type checkers alone, by a literal string, or as a lazy name.
 
-
-def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]:
-    """Dotted names that `source` imports: at the top, inside functions, for type checkers alone, or by a literal string.
-
-    `from pusa_fast import ops` counts as pusa_fast.ops, a lazy public name as the module that defines it.
+    `from package import name` counts as the module package.name where there is one, a lazy name as the module that defines it.
     """
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                here = module.split(".") if is_package else module.split(".")[:-1]
-                parent = here[: len(here) - node.level + 1]
-                base = ".".join([*parent, base] if base else parent)
-            yield from (_resolved(base, alias.name) for alias in node.names)
-        elif isinstance(node, ast.Call) and _called(node.func) in {"import_module", "__import__"} and node.args:
-            first = node.args[0]
-            if isinstance(first, ast.Constant) and isinstance(first.value, str):
-                yield first.value
+    return _imports(ast.parse(source), module, is_package, True)
+
+
+def _imports(node: ast.AST, module: str, is_package: bool, runtime: bool) -> Iterator[Import]:
+    if isinstance(node, ast.Import):
+        yield from (Import(_neighbour(alias.name, module), runtime) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = _neighbour(node.module or "", module)
+        if node.level:
+            here = module.split(".") if is_package else module.split(".")[:-1]
+            base = ".".join([*here[: len(here) - node.level + 1], *filter(None, [node.module])])
+        yield from (Import(_resolved(base, alias.name), runtime) for alias in node.names)
+    elif isinstance(node, ast.Call) and _name(node.func) in {"import_module", "__import__"} and node.args:
+        first = node.args[0]
+        if isinstance(first, ast.Constant) and isinstance(first.value, str):
+            yield Import(first.value, runtime)
+    elif isinstance(node, ast.Call) and _name(node.func) == "lazy_names":
+        homes = (home.value for home in ast.walk(node) if isinstance(home, ast.Constant))
+        yield from (Import(home, False) for home in homes if isinstance(home, str) and home.startswith("pusa_fast."))
+    if isinstance(node, ast.If) and _name(node.test) == "TYPE_CHECKING":
+        parts = [(child, False) for child in node.body] + [(child, runtime) for child in node.orelse]
+    else:
+        parts = [(child, runtime) for child in ast.iter_child_nodes(node)]
+    for child, runs in parts:
+        yield from _imports(child, module, is_package, runs)
 
 
 def _resolved(base: str, name: str) -> str:
-    if base != "pusa_fast":
-        return base
-    return "pusa_fast.__version__" if name == "__version__" else pusa_fast._HOME.get(name, f"pusa_fast.{name}")
+    if f"{base}.{name}" in FILES or (base == "pusa_fast" and (base, name) not in LAZY):
+        return f"{base}.{name}"
+    return LAZY.get((base, name), base)
 
 
-def _called(function: ast.expr) -> str:
-    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+def _neighbour(name: str, module: str) -> str:
+    """`photos` -> examples.nano.photos, as a script of that folder imports it."""
+    beside = f"{module.rpartition('.')[0]}.{name}"
+    return beside if module.startswith("examples.") and beside in FILES else name
 
 
-def violations(source: str, module: str, is_package: bool = False) -> list[str]:
-    """One line for each import of `source` that the tables above do not allow."""
-    part, found = part_of(module), []
+def _name(expression: ast.expr) -> str:
+    return expression.attr if isinstance(expression, ast.Attribute) else getattr(expression, "id", "")
+
+
+def imports_of(module: str) -> Iterator[Import]:
+    path = FILES[module]
+    return imports(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+
+
+# Arrows.
+
+
+def violations(found: Iterable[Import], module: str) -> list[str]:
+    """One line for each import of `module` that the tables above do not allow."""
+    part, lines = part_of(module), []
     if part not in ARROWS:
         return [f"{module}: no row in ARROWS; decide what it may import"]
-    for target in imports(source, module, is_package):
+    for target in (one.target for one in found):
         package, to = target.split(".")[0], part_of(target)
         if package in {"pusa_fast", "bench", "examples"}:
-            if to not in {part, "__version__"} and to not in ARROWS[part]:
-                found.append(f"{module} imports {target}: {part} -> {to} is no arrow")
+            if to not in {part, "__version__", *ARROWS[part]} and (module, target) not in EXCEPTIONS:
+                lines.append(f"{module} imports {target}: {part} -> {to} is no arrow")
         elif package in sys.stdlib_module_names:
             continue
         elif package not in PACKAGES.get(part, {package}):
-            found.append(f"{module} imports {target}: {part} may use only {sorted(PACKAGES[part])}")
+            lines.append(f"{module} imports {target}: {part} may use only {sorted(PACKAGES[part])}")
         elif package in EXTRAS and part not in MAY_USE_EXTRAS:
-            found.append(f"{module} imports {target}: {package} is not installed with the package")
-    return found
+            lines.append(f"{module} imports {target}: {package} is not installed with the package")
+    return lines
 
 
 def test_every_import_follows_the_arrows() -> None:
-    found = [
-        line
-        for module, path in sources()
-        for line in violations(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
-    ]
+    found = [line for module in FILES for line in violations(imports_of(module), module)]
     assert not found, "\n".join(found)
 
 
 def test_the_sources_are_seen() -> None:
-    seen = dict(sources())
-    for module in ("pusa_fast", "pusa_fast.config", "pusa_fast.model.dit", "pusa_fast.kernels.reference"):
-        assert module in seen, f"{module} is not among {sorted(seen)}"
+    for module in (
+        "pusa_fast",
+        "pusa_fast.config",
+        "pusa_fast.model.dit",
+        "pusa_fast.kernels.reference",
+        "bench.timing",
+    ):
+        assert module in FILES, f"{module} is not among {sorted(FILES)}"
+    assert LAZY["pusa_fast", "WanDiT"] == "pusa_fast.model.dit"
 
 
 def test_arrows_have_no_cycle_and_none_leads_to_cli() -> None:
@@ -153,6 +226,93 @@ def test_arrows_have_no_cycle_and_none_leads_to_cli() -> None:
         left = {part: targets for part, targets in left.items() if part not in leaves}
 
 
+# Circles.
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Groups of nodes that reach each other."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen, left = set[str](), [start]
+        while left:
+            new = graph.get(left.pop(), set()) - seen
+            seen |= new
+            left += new
+        reached[start] = seen
+    return {frozenset(b for b in reached[a] if a in reached.get(b, ())) for a in graph if a in reached[a]}
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Imports at the top of a file and inside functions alike; what only type checkers read may point back."""
+    graph = {module: {one.target for one in imports_of(module) if one.runtime} & FILES.keys() for module in FILES}
+    found = circles(graph)
+    assert found == EXPECTED_CIRCLES, "\n".join(", ".join(sorted(group)) for group in found ^ EXPECTED_CIRCLES)
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": set()}) == {frozenset("abc")}
+    assert circles({"a": {"a"}, "b": {"a"}}) == {frozenset("a")}
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == set()
+
+
+# The page.
+
+
+def layout(page: str) -> tuple[set[str], set[str]]:
+    """(what the page says is there, what it says comes later): paths from the root, folders without a slash at the end."""
+    block = page.split("\n## 4.")[1].split("\n## 5.")[0].split("```")[1]
+    there, later = set[str](), set[str]()
+    folders = [(-1, "")]
+    for line in block.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if not line.strip() or indent >= 20:
+            continue
+        while folders[-1][0] >= indent:
+            folders.pop()
+        names, _, purpose = line.strip().partition("  ")
+        paths = [folders[-1][1] + path for name in names.split(" ") for path in _braces(name)]
+        (later if purpose.strip().startswith("(later)") else there).update(path.rstrip("/") for path in paths)
+        if paths[-1].endswith("/"):
+            folders.append((indent, paths[-1]))
+    return there, later
+
+
+def _braces(name: str) -> list[str]:
+    """`{a,b}.{cpp,hpp}` -> a.cpp a.hpp b.cpp b.hpp."""
+    parts = [part.split(",") for part in re.split(r"[{}]", name)]
+    return ["".join(choice) for choice in itertools.product(*parts)]
+
+
+def disagreements(page: str) -> list[str]:
+    there, later = layout(page)
+    files = {
+        str(path.relative_to(ROOT))
+        for folder in NAMED
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in SUFFIXES and not path.is_relative_to(ROOT / "pusa_fast" / "kernels")
+    }
+    return [
+        *(f"docs/design.md does not name {path}" for path in sorted(files - there)),
+        *(f"docs/design.md names {path}, which does not exist" for path in sorted(there) if not (ROOT / path).exists()),
+        *(f"docs/design.md says (later) of {path}, which exists" for path in sorted(later) if (ROOT / path).exists()),
+    ]
+
+
+def test_the_page_names_every_file() -> None:
+    found = disagreements((ROOT / "docs" / "design.md").read_text(encoding="utf-8"))
+    assert not found, "\n".join(found)
+
+
+def test_a_page_that_is_wrong_is_caught() -> None:
+    lines = ["a/  x", "  b.py {c,d}.h  x", " " * 24 + "e.py", "  f/", "    g.py", "h  (later)"]
+    page = "\n".join(["", "## 4.", "```", *lines, "```", "## 5."])
+    assert layout(page) == ({"a", "a/b.py", "a/c.h", "a/d.h", "a/f", "a/f/g.py"}, {"h"})
+    found = disagreements(page.replace("a/", "pusa_fast/").replace("h  (", "csrc/  ("))
+    assert "docs/design.md does not name pusa_fast/config.py" in found
+    assert "docs/design.md names pusa_fast/b.py, which does not exist" in found
+    assert found[-1] == "docs/design.md says (later) of csrc, which exists"
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
@@ -164,6 +324,7 @@ def test_arrows_have_no_cycle_and_none_leads_to_cli() -> None:
         ("pusa_fast.sampling.task", "if TYPE_CHECKING:\n    from pusa_fast.pipeline import Pipeline"),
         ("pusa_fast.sampling.task", "import importlib\nimportlib.import_module('pusa_fast.model.dit')"),
         ("pusa_fast.sampling.task", "from PIL import Image"),
+        ("pusa_fast.sampling.task", "lazy_names(__name__, {'WanDiT': 'pusa_fast.model.dit'})"),
         ("pusa_fast.sampling.task", "import pusa_fast"),
         ("pusa_fast.model.dit", "from pusa_fast.weights import load_dit"),
         ("pusa_fast.model.dit", "from pusa_fast.kernels import reference"),
@@ -180,7 +341,7 @@ def test_arrows_have_no_cycle_and_none_leads_to_cli() -> None:
     ],
 )
 def test_a_violation_is_caught(module: str, source: str) -> None:
-    assert len(violations(source, module)) == 1
+    assert len(violations(imports(source, module), module)) == 1
 
 
 @pytest.mark.parametrize(
@@ -196,4 +357,4 @@ def test_a_violation_is_caught(module: str, source: str) -> None:
     ],
 )
 def test_what_the_arrows_allow_passes(module: str, source: str, is_package: bool) -> None:
-    assert violations(source, module, is_package) == []
+    assert violations(imports(source, module, is_package), module) == []

