@@ -21,8 +21,8 @@ WAN_STD = (
 class DiTConfig:
     """Shape of a Wan video transformer.
 
-    Raises ValueError where the numbers cannot form one: `dim` not a multiple of `num_heads`, an odd head dimension
-    or `freq_dim`, or a size below one.
+    Raises ValueError where the numbers cannot form one: `dim` not a multiple of `num_heads`, an odd
+    head dimension or `freq_dim`, or a size below one.
     """
 
     dim: int
@@ -106,10 +106,11 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How frames, pixels and text of one model become latents and tokens. Its configuration tells, without its weights.
+    """How frames, pixels and text of a model become latents and tokens, known without its weights.
 
-    `spatial_factor`: pixels per latent pixel; `temporal_factor`: frames per latent frame after the first; `patch`: latents
-    per token (frames, rows, columns); `channels` of a latent; `text_dim`, `text_len`: width and most rows of a prompt.
+    `spatial_factor`: pixels per latent pixel; `temporal_factor`: frames per latent frame after the
+    first; `patch`: latents per token (frames, rows, columns); `channels` of a latent; `text_dim`,
+    `text_len`: width and most rows of a prompt.
     """
 
     spatial_factor: int
@@ -132,19 +133,8 @@ class Geometry:
 
     @property
     def multiples(self) -> tuple[int, int]:
-        """(height, width): the pixels of one token, of which every height and width is a multiple."""
+        """(height, width) of one token in pixels: every height and width is a multiple."""
         return self.spatial_factor * self.patch[1], self.spatial_factor * self.patch[2]
-
-    def latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a clip. Raises ValueError naming the nearest lengths where no clip has this one."""
-        whole, rest = divmod(num_frames - 1, self.temporal_factor)
-        if rest or num_frames < 1:
-            below, above = whole * self.temporal_factor + 1, (whole + 1) * self.temporal_factor + 1
-            nearest = f"{below} or {above}" if num_frames > 0 else "1"
-            raise ValueError(
-                f"num_frames={num_frames} is not {self.temporal_factor}n+1 (the VAE's chunks): use {nearest}"
-            )
-        return whole + 1
 
     def clip(self, latents: tuple[int, ...]) -> tuple[int, int, int]:
         """(frames, height, width) in pixels of a clip whose latents are [..., F, h, w]."""
@@ -154,7 +144,8 @@ class Geometry:
 
 _WAN_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
-# Published variants by name. An exact match of tensor names and shapes with one of these configures a bare checkpoint.
+# Published variants by name. An exact match of tensor names and shapes with one of these configures
+# a bare checkpoint.
 MODELS: Mapping[str, DiTConfig | VAEConfig] = MappingProxyType(
     {
         "wan2.1-t2v-14b": _WAN_14B,

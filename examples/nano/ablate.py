@@ -33,7 +33,7 @@ from ablation_tables import FULL, HALF, ITERATIONS, STEPS, STRENGTHS, mean
 from evaluate import between
 from scoring import Model, Results, held_out_scenes, score, workers
 
-from pusa_fast.data.store import write_text
+from pusa_fast.data.durable import write_text
 from pusa_fast.training.config import TrainConfig, parse_config
 from pusa_fast.training.trainer import train
 from pusa_fast.weights.files import file_hash

@@ -25,7 +25,7 @@ from scoring import Model, Results, held_out_scenes, interval, score, workers
 
 from pusa_fast import Pipeline
 from pusa_fast.data import sprites
-from pusa_fast.data.store import write_text
+from pusa_fast.data.durable import write_text
 
 HERE = Path(__file__).parent
 RECORD, TABLE = HERE / "results.json", HERE.parents[1] / "docs" / "nano.md"

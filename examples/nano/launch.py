@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
-from pusa_fast.data.store import write_text
+from pusa_fast.data.durable import write_text
 from pusa_fast.training.config import TrainConfig, dump_config
 from pusa_fast.training.trainer import Outcome, export_run, train
 

@@ -25,7 +25,7 @@ import vae
 from safetensors.torch import load_file
 
 from pusa_fast.data import sprites
-from pusa_fast.data.store import write_text
+from pusa_fast.data.durable import write_text
 from pusa_fast.model.vae.model import WanVAE
 from pusa_fast.training.config import TrainConfig
 from pusa_fast.training.metrics import read_metrics

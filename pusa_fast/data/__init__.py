@@ -1,1 +1,1 @@
-"""Data sets: videos and captions into prepared clips, and the procedural clips that nano learns from."""
+"""Data sets: prepared clips of videos with captions, and procedural clips."""

@@ -1,6 +1,6 @@
-"""Sizes that clips are brought to, the windows of a file that become clips, and how they are read.
+"""Sizes to prepare clips in, the windows of a file that become clips, and reading them.
 
-Shapes: frames are uint8 [T,H,W,3], T the frames of a bucket.
+Shapes: frames are uint8 [T,H,W,3], with T the bucket's number of frames.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pusa_fast import video
+from pusa_fast.config import Geometry
 from pusa_fast.media import PICTURE_SUFFIXES
 
 STARTS = ("first", "middle", "random")
@@ -26,7 +27,7 @@ STARTS = ("first", "middle", "random")
 
 @dataclass(frozen=True)
 class Bucket:
-    """A size that clips are prepared in: pixels, and frames of it. Written 832x480x81."""
+    """A size to prepare clips in: pixels and frames. Written 832x480x81."""
 
     width: int
     height: int
@@ -36,29 +37,31 @@ class Bucket:
         return f"{self.width}x{self.height}x{self.frames}"
 
 
-def parse_bucket(text: str, multiple: int = 16, temporal: int = 4) -> Bucket:
-    """WIDTHxHEIGHTxFRAMES; sides a multiple of `multiple` pixels, frames a multiple of `temporal` and one.
+def parse_bucket(text: str, geometry: Geometry) -> Bucket:
+    """WIDTHxHEIGHTxFRAMES, for a model of this geometry.
 
-    Raises ValueError naming the value and the nearest that works.
+    Raises ValueError with the nearest size that works where the model cannot take this one.
     """
     found = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})[xX](\d{1,6})", text.strip())
     if found is None:
-        raise ValueError(f"bucket {text} is no size: write WIDTHxHEIGHTxFRAMES, such as 832x480x81")
+        raise ValueError(f"bucket {text} is not a size: write WIDTHxHEIGHTxFRAMES, such as 832x480x81")
     bucket = Bucket(*map(int, found.groups()))
-    for name, side in (("width", bucket.width), ("height", bucket.height)):
+    height, width = geometry.multiples
+    for name, side, multiple in (("width", bucket.width, width), ("height", bucket.height, height)):
         if side < 1 or side % multiple:
             below = side // multiple * multiple
             nearest = f"{below} or {below + multiple}" if below else str(multiple)
             raise ValueError(f"bucket {text}: {name} {side} is not a multiple of {multiple} pixels: use {nearest}")
-    if bucket.frames < 1 or (bucket.frames - 1) % temporal:
-        below = max(0, bucket.frames - 1) // temporal * temporal + 1
-        nearest = f"{below} or {below + temporal}" if bucket.frames else "1"
-        raise ValueError(f"bucket {text}: {bucket.frames} frames is not {temporal}k+1: use {nearest}")
+    step = geometry.temporal_factor
+    if bucket.frames < 1 or (bucket.frames - 1) % step:
+        below = max(0, bucket.frames - 1) // step * step + 1
+        nearest = f"{below} or {below + step}" if bucket.frames else "1"
+        raise ValueError(f"bucket {text}: {bucket.frames} frames is not {step}k+1: use {nearest}")
     return bucket
 
 
 def choose(buckets: Iterable[Bucket], width: int, height: int, frames: int) -> Bucket | None:
-    """The nearest in aspect among those of at most `frames` frames; of equally near ones more frames win, then the larger."""
+    """The nearest in aspect of at most `frames` frames; ties: the most frames, then the largest."""
 
     def rank(bucket: Bucket) -> tuple[Fraction, int, int, int]:
         ratio = Fraction(bucket.width * height, bucket.height * width)
@@ -68,10 +71,11 @@ def choose(buckets: Iterable[Bucket], width: int, height: int, frames: int) -> B
 
 
 def window_starts(spare: int, count: int, start: str, salt: str) -> list[int]:
-    """First frames of `count` windows, ascending, in a file with `spare` frames more than a window has; fewer where they coincide.
+    """First frames of `count` windows, ascending, in a file `spare` frames longer than one.
 
-    first: from the first possible to the last possible, evenly; middle: in the middle of equal parts; random: anywhere in
-    equal parts, as a hash of `salt` says.
+    Equal ones count once. `start`: "first" spaces them evenly from the first possible frame to the
+    last; "middle" takes the middle of `count` equal parts; "random" a place in each part from a
+    hash of `salt`.
     """
 
     def share(i: int) -> Fraction:
@@ -91,7 +95,7 @@ def is_picture(path: Path) -> bool:
 
 
 def measure(path: Path, fps: float | None) -> tuple[int, int, int]:
-    """(width, height, frames at `fps`) of a video, decoded to its end, or of a picture. Raises as `video.iter_video`."""
+    """(width, height, frames at `fps`) of a picture or a whole video. Raises as `iter_video`."""
     if is_picture(path):
         height, width, _ = video.read_image(path).shape
         return width, height, 1
@@ -102,9 +106,10 @@ def measure(path: Path, fps: float | None) -> tuple[int, int, int]:
 def read_windows(
     path: str | os.PathLike[str], starts: Sequence[int], bucket: Bucket, fps: float | None, fit: str
 ) -> Iterator[tuple[int, Tensor]]:
-    """(start, frames [T,H,W,3] in the bucket's size) of each window, ascending, in one pass over the file.
+    """(start, frames [T,H,W,3] in the bucket's size) of each window, ascending, in one pass.
 
-    Memory holds the fitted frames of one window. Raises ValueError for a damaged file, frames of several sizes, or too few of them.
+    Holds the fitted frames of one window in memory. Raises ValueError for a damaged file, frames of
+    several sizes, or too few frames.
     """
     path, waiting = Path(path), deque(sorted(starts))
     kept: deque[Tensor] = deque()
@@ -114,9 +119,8 @@ def read_windows(
             continue
         frame = convert()
         if shape is not None and frame.shape != shape:
-            raise ValueError(
-                f"{path} holds frames of several sizes ({shape[1]}x{shape[0]} and {frame.shape[1]}x{frame.shape[0]}): convert it to one size"
-            )
+            sizes = f"{shape[1]}x{shape[0]} and {frame.shape[1]}x{frame.shape[0]}"
+            raise ValueError(f"{path} holds frames of several sizes ({sizes}): convert it to one size")
         shape = tuple(frame.shape)
         kept.append(video.fit(frame, (bucket.width, bucket.height), fit))
         if len(kept) < bucket.frames:
@@ -126,7 +130,7 @@ def read_windows(
             return
         for _ in range(min(len(kept), waiting[0] - (number + 1 - len(kept)))):
             kept.popleft()
-    raise ValueError(f"{path} ends before frame {waiting[0] + bucket.frames}: it has changed while it was read")
+    raise ValueError(f"{path} ends before frame {waiting[0] + bucket.frames}: it changed while it was read")
 
 
 def _frames(path: Path, fps: float | None) -> Iterator[Callable[[], Tensor]]:

@@ -1,4 +1,4 @@
-"""What is known of files that have not changed: their hashes, and what decoding them told. Kept in a prepared folder.
+"""Hashes and sizes of files, kept in a prepared folder so that unchanged files are not read again.
 
 A file counts as unchanged while its path, size and time of change are the same.
 """
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from pusa_fast.data.buckets import measure
-from pusa_fast.data.store import write_text
+from pusa_fast.data.durable import write_text
 from pusa_fast.weights.files import file_hash
 
 FORMAT, FILES = "pusa-fast files 1", "files.json"  # the name in a prepared folder
 
 
 class Catalog:
-    """Hashes and measures of files, remembered in the file `path`; one that cannot be read is begun anew."""
+    """Hashes and sizes of files, kept in the file `path`. One that is damaged is started over."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,11 +51,10 @@ class Catalog:
         return width, height, frames
 
     def save(self, least: int = 1) -> None:
-        """Write what is new, where that is `least` facts or more."""
+        """Write the file, if it lacks at least `least` facts."""
         if self._new >= least:
-            lines = ",\n".join(
-                f"{json.dumps(name)}: {json.dumps(self._files[name], sort_keys=True)}" for name in sorted(self._files)
-            )
+            entries = sorted(self._files.items())
+            lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry, sort_keys=True)}" for name, entry in entries)
             write_text(self.path, f'{{"format": "{FORMAT}", "files": {{\n{lines}\n}}}}\n')
             self._new = 0
 
@@ -78,5 +77,5 @@ def _pngs(folder: Path) -> list[Path]:
 
 
 def digest(parts: Iterable[object]) -> str:
-    """sha256 of values that JSON can write, one after another."""
+    """sha256 of a list of values, as JSON."""
     return hashlib.sha256(json.dumps(list(parts), ensure_ascii=True).encode()).hexdigest()

@@ -1,17 +1,19 @@
-"""Clips of a plan -> latents and text rows in a store, one by one in the order of the list, the next one being decoded meanwhile.
+"""Clips of a plan -> latents and text rows in a store, one by one, the next one decoded meanwhile.
 
-Latents that the store holds under another caption are copied: the VAE sees each window of a film once.
+Latents that the store holds under another caption are copied: the VAE sees each window once.
 
-Shapes: T frames, H/W pixels, C latent channels, F latent frames, h/w latent pixels, L rows of text, D its width.
+Shapes: T frames, H/W pixels, C latent channels, F latent frames, h/w latent pixels, L rows of text,
+D its width.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,10 @@ import torch
 from torch import Tensor
 
 from pusa_fast.data.buckets import read_windows
-from pusa_fast.data.planning import File, Plan, Settings, add_bad
-from pusa_fast.data.reference_tensors import read_tensors, text_width, trimmed
-from pusa_fast.data.sources import Source
+from pusa_fast.data.planning import Clip, Plan
+from pusa_fast.data.reference_tensors import read_tensors, trimmed
 from pusa_fast.data.store import EMPTY, StoreWriter, damage
-from pusa_fast.device import default_dtype, out_of_memory, usable_memory, weight_bytes
+from pusa_fast.device import default_dtype, usable_memory, weight_bytes
 from pusa_fast.model.text import TextEncoder
 from pusa_fast.model.vae.model import WanVAE
 from pusa_fast.model.vae.tiling import Tiling
@@ -33,78 +34,42 @@ from pusa_fast.weights.pretrained import load_text_encoder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
-# Of a clip: frames [T, H, W, 3], the reference's (latents, text rows), None to copy latents, or why it cannot be made.
+# Of a clip: frames [T, H, W, 3], the reference's (latents, text rows), None to copy latents, or why
+# it cannot be made.
 Read = Tensor | tuple[Tensor, Tensor] | Exception | None
 
 
-class _NothingMade(Exception):
-    """Leaves a new store without an index."""
+def encode(plan: Plan, folder: Path, device: torch.device, shard_clips: int) -> list[str]:
+    """Make the clips that the store in `folder` lacks; returns notes. Bad clips go into the plan.
 
-
-def encode(
-    settings: Settings,
-    plan: Plan,
-    entries: Sequence[Source],
-    folder: Path,
-    where: torch.device,
-    shard_clips: int,
-    hashes: Mapping[str, str],
-) -> list[str]:
-    """Make the clips that the store lacks; returns notes. What is bad goes into the plan. torch.OutOfMemoryError names what helps."""
-    with out_of_memory("prepare", where):
-        return _encode(settings, plan, entries, folder, where, shard_clips, hashes)
-
-
-def _encode(
-    settings: Settings,
-    plan: Plan,
-    entries: Sequence[Source],
-    folder: Path,
-    where: torch.device,
-    shard_clips: int,
-    hashes: Mapping[str, str],
-) -> list[str]:
-    kind = default_dtype(where)
-    vae = load_vae(settings.files.vae, device=where, dtype=kind).eval()
-    text, width, notes = _load_text(settings, plan, where, kind)
-    model = {
-        **hashes, "dtype": settings.dtype, "channels": vae.config.z_dim, "text_dim": width, "text_len": settings.files.text_len,
-    }  # fmt: skip
-    stored = DTYPES[settings.dtype]
-    places = {id(entry): i for i, entry in enumerate(entries)}
-    notes += [] if text is None else _cut_captions(plan, text)
-    with (
-        warnings.catch_warnings(),
-        suppress(_NothingMade),
-        StoreWriter(folder, model, shard_clips) as writer,
-        ExitStack() as stack,
-    ):
-        warnings.filterwarnings("ignore", "the prompt has .* tokens")  # the note above says it once
+    Where every clip is bad, a new store stays without an index.
+    """
+    settings, stored = plan.settings, DTYPES[plan.settings.dtype]
+    vae = load_vae(settings.files.vae, device=device, dtype=default_dtype(device))
+    text, notes = _load_text(plan, device)
+    writer = StoreWriter(folder, plan.model, shard_clips)
+    maker = _Maker(plan, writer, vae, text, _tiles(settings.tiling, vae, text))
+    missing = sum(key not in writer.keys for key in plan.keys)
+    with warnings.catch_warnings(), closing(_ahead(_read(plan, writer))) as clips:
+        warnings.filterwarnings("ignore", "the prompt has .* tokens")  # a note says it once
         if text is not None and damage(folder / EMPTY):
             writer.write_empty_text(trimmed(text.encode([""])[0]).to(stored).cpu())
-        maker = _Maker(settings, writer, vae, text, _tiles(settings.tiling, vae, text), where)
-        missing = sum(key not in writer.keys for key in plan.keys)
-        clips = stack.enter_context(
-            closing(_ahead(_read(settings, plan, set(writer.keys), writer.latents_made, model)))
-        )
-        for done, (file, start, read) in enumerate(clips, 1):
-            made = maker.make(file, start, read)
+        for done, (clip, read) in enumerate(clips, 1):
+            made = maker.make(clip, read)
             if not isinstance(made, Exception):
                 latents, rows = (tensor.to(stored).cpu() for tensor in made)
                 if latents.isfinite().all() and rows.isfinite().all():
-                    window, source = file.windows[start], file.source
+                    source = clip.source
                     writer.add(
-                        window.key, latents, rows, source=source.name, caption=source.caption, details=window.details
+                        clip.key, latents, rows, source=source.name, caption=source.caption, details=clip.details
                     )
                 else:
-                    made = ValueError(
-                        f"its latents or text are not finite in {settings.dtype}: choose another dtype, or look at the file"
-                    )
+                    wrong = f"its latents or text are not finite in {settings.dtype}"
+                    made = ValueError(f"{wrong}: choose another dtype, or look at the file")
             if isinstance(made, Exception):
-                add_bad(plan, settings, places[id(file.source)], file.source, made)
+                plan.add_bad(clip.number, clip.source, made)
             settings.progress("encoding", min(missing, done), missing)
-        if not writer.keys:
-            raise _NothingMade
+    writer.flush()
     return notes
 
 
@@ -112,62 +77,54 @@ def _encode(
 class _Maker:
     """The models, and what they have made so far."""
 
-    settings: Settings
+    plan: Plan
     writer: StoreWriter
     vae: WanVAE
     text: TextEncoder | None
     tiling: Tiling | None
-    where: torch.device
 
-    def make(self, file: File, start: int, read: Read) -> tuple[Tensor, Tensor] | Exception:
+    def make(self, clip: Clip, read: Read) -> tuple[Tensor, Tensor] | Exception:
         """(latents [C, F, h, w], text rows [L, D]) of a clip, or why there are none."""
-        latents = None
-        if read is None:
-            latents = self.writer.latents_of(file.windows[start].details["latents"])
+        latents = self.writer.latents_of(clip.details["latents"]) if read is None else None
         if read is None and latents is None:  # the clip to copy from turned out bad, perhaps for its caption
-            read = _read_again(file, start, self.settings)
+            try:
+                read = next(_windows(self.plan, [clip]))
+            except (ValueError, OSError) as error:
+                return error
         if isinstance(read, (tuple, Exception)):
             return read
         assert self.text is not None
         if read is not None:
-            latents = self.vae.encode(to_video(read, self.where), self.tiling)[0]
+            latents = self.vae.encode(to_video(read, self.vae.device), self.tiling)[0]
         assert latents is not None
-        return latents, trimmed(self.text.encode([file.source.caption])[0])
+        return latents, trimmed(self.text.encode([clip.source.caption])[0])
 
 
-def _read(
-    settings: Settings, plan: Plan, held: set[str], latents: set[str], model: Mapping[str, Any]
-) -> Iterator[tuple[File, int, Read]]:
-    """Each clip that the store lacks, as it is read: `held` are the keys of the store, `latents` what it can copy."""
-    for file in plan.files:
-        starts = [start for start, window in file.windows.items() if window.key not in held]
-        if not starts:
-            continue
+def _read(plan: Plan, writer: StoreWriter) -> Iterator[tuple[Clip, Read]]:
+    """Each clip that the store lacks, as it is read. An error ends the clips of its file."""
+    held, latents = set(writer.keys), writer.latents_made
+    for _, group in groupby((clip for clip in plan.clips if clip.key not in held), lambda clip: clip.number):
+        clips = list(group)
         try:
-            if file.bucket is None:
-                assert file.source.tensors is not None
-                yield (
-                    file,
-                    0,
-                    read_tensors(file.source.tensors, *(model[name] for name in ("channels", "text_dim", "text_len"))),
-                )
+            if clips[0].source.tensors is not None:
+                yield clips[0], read_tensors(clips[0].source.tensors, plan.settings.geometry)
                 continue
-            made_from = {start: str(file.windows[start].details["latents"]) for start in starts}
-            fresh = [start for start in starts if made_from[start] not in latents]
-            latents = latents | set(made_from.values())  # of clips to come, too
-            frames = read_windows(file.source.path, fresh, file.bucket, settings.fps, settings.fit)
-            for start in starts:
-                yield file, start, next(frames)[1] if start in fresh else None
+            fresh = [clip for clip in clips if clip.details["latents"] not in latents]
+            latents.update(clip.details["latents"] for clip in clips)  # also of clips to come
+            frames = _windows(plan, fresh)
+            for clip in clips:
+                yield clip, next(frames) if clip in fresh else None
         except (ValueError, OSError) as error:
-            yield file, 0, error
+            yield clips[0], error
 
 
-def _read_again(file: File, start: int, settings: Settings) -> Tensor | Exception:
-    assert file.bucket is not None
-    try:
-        return next(read_windows(file.source.path, [start], file.bucket, settings.fps, settings.fit))[1]
-    except (ValueError, OSError) as error:
-        return error
+def _windows(plan: Plan, clips: list[Clip]) -> Iterator[Tensor]:
+    """Frames [T, H, W, 3] of clips of one file, in order."""
+    if clips:
+        source, bucket, settings = clips[0].source, clips[0].bucket, plan.settings
+        assert bucket is not None
+        starts = [clip.start for clip in clips]
+        yield from (frames for _, frames in read_windows(source.path, starts, bucket, settings.fps, settings.fit))
 
 
 def _ahead(items: Iterator[Any]) -> Generator[Any, None, None]:
@@ -179,41 +136,25 @@ def _ahead(items: Iterator[Any]) -> Generator[Any, None, None]:
             yield item
 
 
-def _load_text(
-    settings: Settings, plan: Plan, where: torch.device, kind: torch.dtype
-) -> tuple[TextEncoder | None, int, list[str]]:
-    """The encoder, its width, and notes. Without one, clips that bring their own text can still be prepared."""
+def _load_text(plan: Plan, device: torch.device) -> tuple[TextEncoder | None, list[str]]:
+    """The text encoder, and notes. None if it does not load and every clip brings its text."""
+    files, captioned = plan.settings.files, [clip for clip in plan.clips if clip.bucket is not None]
     try:
-        text = load_text_encoder(settings.files, where, kind)
+        text = load_text_encoder(files, device, default_dtype(device))
     except ValueError as error:
-        tensors = [
-            file.source.tensors for file in plan.files if file.bucket is None and file.source.tensors is not None
-        ]
-        width = next((width for path in tensors if (width := text_width(path))), None)
-        if len(tensors) < len(plan.files) or width is None:
+        if captioned:
             raise
-        return None, width, [f"the empty caption is left out, so captions cannot be dropped in training: {error}"]
-    return text, int(text.model.config.d_model), []
-
-
-def _cut_captions(plan: Plan, text: TextEncoder) -> list[str]:
-    """A note where captions have more tokens than the model reads."""
-    long = [
-        file.source.name
-        for file in plan.files
-        if file.bucket is not None and text.count_tokens(file.source.caption) > text.text_len
-    ]
-    return (
-        [
-            f"{len(long)} captions are cut after {text.text_len} tokens, all that the model reads; the first is that of {long[0]}"
-        ]
-        if long
-        else []
-    )
+        return None, [f"the empty caption is left out, so captions cannot be dropped in training: {error}"]
+    captions = {clip.number: clip.source for clip in captioned}
+    long = [source.name for source in captions.values() if text.count_tokens(source.caption) > text.text_len]
+    if not long:
+        return text, []
+    cut = f"{len(long)} captions are cut after {text.text_len} tokens, all that the model reads"
+    return text, [f"{cut}; the first is that of {long[0]}"]
 
 
 def _tiles(tiling: Tiling | None, vae: WanVAE, text: TextEncoder | None) -> Tiling | None:
-    """ "auto" with the memory that the weights of both models leave."""
+    """Gives "auto" the memory that the weights of both models leave."""
     if tiling is None or tiling.mode != "auto" or tiling.memory is not None:
         return tiling
     parts = (vae, None if text is None else text.model)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds `folder`, which exists, until the end; the system lets go of it for a run that is killed.
+    """Lock an existing folder while the block runs. The system unlocks it when a run is killed.
 
-    Raises ValueError where another run holds it. Systems and network disks without such locks are not protected.
+    Raises ValueError where another run holds the lock. Systems and network disks without such
+    locks are not protected.
     """
     if os.name != "posix":
         yield
@@ -28,7 +29,7 @@ def alone(folder: Path) -> Iterator[None]:
                 f"{folder} is being written by another run: wait for it, or choose another folder"
             ) from None
         except OSError:
-            pass  # some network disks know no locks
+            pass  # some network disks have no locks
         yield
     finally:
         os.close(handle)

@@ -1,4 +1,4 @@
-"""What a run of `prepare` has to make: every file hashed, measured, and its clips chosen, before any model is loaded."""
+"""The clips that `prepare` has to make: files hashed, windows chosen, no model loaded yet."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pusa_fast.config import Geometry
 from pusa_fast.data.buckets import Bucket, choose, is_picture, window_starts
 from pusa_fast.data.catalog import Catalog, digest
 from pusa_fast.data.sources import Source
 from pusa_fast.model.vae.tiling import Tiling
 from pusa_fast.weights.pretrained import ModelFiles
 
-_PART_SUFFIXES = frozenset(
-    {".safetensors", ".pth", ".pt", ".bin", ".model", ".json"}
-)  # files of a folder that are part of a model
+# Files of a folder that are part of a model.
+_PART_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".model", ".json"})
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Settings:
+    """What `prepare` was asked for, checked."""
+
     files: ModelFiles
+    geometry: Geometry
     buckets: tuple[Bucket, ...]
     fps: float | None
     clips_per_video: int
@@ -37,36 +40,51 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Window:
-    """A clip to be. `key`: hash of all that it is made from; `details`: what the store is to keep of it."""
+class Clip:
+    """A clip to make: one window of `source`, which is number `number` in the list.
 
+    `bucket` None: the reference's tensors. `key`: hash of everything the clip is made from;
+    `details`: kept in the store.
+    """
+
+    source: Source
+    number: int
+    bucket: Bucket | None
+    start: int
     key: str
     details: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class File:
-    """A file and its clips by their first frames. `bucket` None: the reference's tensors, one clip."""
-
-    source: Source
-    bucket: Bucket | None
-    windows: Mapping[int, Window]
-
-
 @dataclass
 class Plan:
-    files: list[File] = field(default_factory=list)
-    bad: dict[int, str] = field(default_factory=dict)  # by the entry's place in the list
+    """`model`: what latents and text depend on, by name; `bad`: reasons by number in the list."""
+
+    settings: Settings
+    model: Mapping[str, Any]
+    clips: list[Clip] = field(default_factory=list)
+    bad: dict[int, str] = field(default_factory=dict)
     duplicates: int = 0
 
     @property
     def keys(self) -> list[str]:
-        """Of all clips, those that the store holds already among them, in their order."""
-        return [window.key for file in self.files for window in file.windows.values()]
+        """Keys of all clips in order, including those that the store holds already."""
+        return [clip.key for clip in self.clips]
+
+    def add_bad(self, number: int, source: Source, error: Exception) -> None:
+        """Note why a source cannot be used. Raises ValueError in a strict run."""
+        reason = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            reason = f"cannot be read: {error.strerror.lower()}"
+        for path in (source.tensors, source.path):
+            reason = reason.removeprefix(f"{path} ")
+        reason = " ".join(reason.split())
+        if self.settings.strict:
+            raise ValueError(f"{source.name}: {reason} (strict: the first bad clip is an error)")
+        self.bad.setdefault(number, reason)
 
 
 def model_hashes(files: ModelFiles, catalog: Catalog) -> dict[str, str]:
-    """ "vae" and "text": what the latents and text rows depend on. A single file is named by its own sha256."""
+    """ "vae" and "text": hashes of the files that latents and text rows depend on."""
 
     def part(path: Path) -> str:
         if path.is_file():
@@ -77,88 +95,57 @@ def model_hashes(files: ModelFiles, catalog: Catalog) -> dict[str, str]:
     return {"vae": part(files.vae), "text": digest([part(files.text_encoder), part(files.tokenizer)])}
 
 
-def make_plan(settings: Settings, entries: Sequence[Source], catalog: Catalog, hashes: Mapping[str, str]) -> Plan:
+def make_plan(settings: Settings, model: Mapping[str, Any], sources: Sequence[Source], catalog: Catalog) -> Plan:
     """Hash and measure every file, choose its bucket and windows."""
-    plan, seen = Plan(), set[str]()
-    for i, entry in enumerate(entries):
+    plan, seen = Plan(settings, model), set[str]()
+    for number, source in enumerate(sources):
         try:
-            if entry.problem:
-                raise ValueError(entry.problem)
-            file = _windows(settings, entry, catalog, hashes)
+            if source.problem:
+                raise ValueError(source.problem)
+            clips = _clips(plan, number, source, catalog)
         except (ValueError, OSError) as error:
-            add_bad(plan, settings, i, entry, error)
+            plan.add_bad(number, source, error)
         else:
-            fresh = {start: window for start, window in file.windows.items() if window.key not in seen}
-            plan.duplicates += len(file.windows) - len(fresh)
-            seen.update(window.key for window in fresh.values())
-            if fresh:
-                plan.files.append(File(entry, file.bucket, fresh))
-        catalog.save(least=max(100, len(entries) // 10))
-        settings.progress("reading", i + 1, len(entries))
+            fresh = [clip for clip in clips if clip.key not in seen]
+            plan.duplicates += len(clips) - len(fresh)
+            seen.update(clip.key for clip in fresh)
+            plan.clips += fresh
+        catalog.save(least=max(100, len(sources) // 10))
+        settings.progress("reading", number + 1, len(sources))
     return plan
 
 
-def _windows(settings: Settings, entry: Source, catalog: Catalog, hashes: Mapping[str, str]) -> File:
+def _clips(plan: Plan, number: int, source: Source, catalog: Catalog) -> list[Clip]:
     """The clips of one file. Raises ValueError or OSError where it has none."""
-    if entry.tensors is not None:
-        return File(entry, None, {0: _reference_clip(settings, entry, catalog, hashes)})
-    own = catalog.hash(entry.path)
-    width, height, frames = catalog.measure(entry.path, settings.fps)
+    settings, (vae, text, dtype) = plan.settings, (plan.model[name] for name in ("vae", "text", "dtype"))
+    if source.tensors is not None:  # they bring their own text: the caption in the list does not count
+        details: dict[str, Any] = {"tensors": catalog.hash(source.tensors)}
+        with suppress(OSError):  # the video may be missing; where it exists, its other clips are known by it
+            details["file"] = catalog.hash(source.path)
+        return [Clip(source, number, None, 0, digest(["tensors", details["tensors"], vae, text, dtype]), details)]
+    own = catalog.hash(source.path)
+    width, height, frames = catalog.measure(source.path, settings.fps)
     bucket = choose(settings.buckets, width, height, frames)
     if bucket is None:
-        rate = (
-            "" if settings.fps is None or is_picture(entry.path) or entry.path.is_dir() else f" at {settings.fps:g} fps"
-        )
-        shortest = min(bucket.frames for bucket in settings.buckets)
-        what = (
-            "is a picture, 1 frame"
-            if is_picture(entry.path)
-            else f"has {frames} frame{'s' if frames != 1 else ''}{rate}"
-        )
-        raise ValueError(f"{what}, the shortest bucket needs {shortest}")
-    starts = window_starts(frames - bucket.frames, settings.clips_per_video, settings.start, f"{own}:{settings.seed}")
+        raise ValueError(_too_short(source.path, frames, settings))
     fps = None if settings.fps is None else float(settings.fps)
-    blended = (
-        settings.tiling is not None and settings.tiling.mode == "feather"
-    )  # other tiles give the whole picture's latents
-    cut = [
-        str(bucket),
-        fps,
-        settings.fit,
-        [settings.tiling.tile, settings.tiling.stride] if settings.tiling and blended else None,
-    ]
-    windows = {}
-    for start in starts:
-        key = digest([own, start, hashes["vae"], hashes["text"], entry.caption, settings.dtype, *cut])
-        latents = digest([own, start, hashes["vae"], settings.dtype, *cut])  # whatever the caption
+    # Tiles of other modes give the latents of the whole picture.
+    tiling = settings.tiling if settings.tiling is not None and settings.tiling.mode == "feather" else None
+    cut = [str(bucket), fps, settings.fit, [tiling.tile, tiling.stride] if tiling else None]
+    clips = []
+    for start in window_starts(
+        frames - bucket.frames, settings.clips_per_video, settings.start, f"{own}:{settings.seed}"
+    ):
+        key = digest([own, start, vae, text, source.caption, dtype, *cut])
+        latents = digest([own, start, vae, dtype, *cut])  # the same under every caption
         details = {
-            "file": own,
-            "start": start,
-            "frames": bucket.frames,
-            "fps": fps,
-            "fit": settings.fit,
-            "latents": latents,
-        }
-        windows[start] = Window(key, details)
-    return File(entry, bucket, windows)
+            "file": own, "start": start, "frames": bucket.frames, "fps": fps, "fit": settings.fit, "latents": latents,
+        }  # fmt: skip
+        clips.append(Clip(source, number, bucket, start, key, details))
+    return clips
 
 
-def _reference_clip(settings: Settings, entry: Source, catalog: Catalog, hashes: Mapping[str, str]) -> Window:
-    """The caption in the list counts for nothing: the tensors bring their own text."""
-    assert entry.tensors is not None
-    details = {"tensors": catalog.hash(entry.tensors)}
-    with suppress(OSError):  # the film itself need not be there; where it is, its other clips are known by it
-        details["file"] = catalog.hash(entry.path)
-    return Window(digest(["tensors", details["tensors"], hashes["vae"], hashes["text"], settings.dtype]), details)
-
-
-def add_bad(plan: Plan, settings: Settings, i: int, entry: Source, error: Exception) -> None:
-    reason = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        reason = f"cannot be read: {error.strerror.lower()}"
-    for path in (entry.tensors, entry.path):
-        reason = reason.removeprefix(f"{path} ")
-    reason = " ".join(reason.split())
-    if settings.strict:
-        raise ValueError(f"{entry.name}: {reason} (strict: the first bad clip is an error)")
-    plan.bad.setdefault(i, reason)
+def _too_short(path: Path, frames: int, settings: Settings) -> str:
+    rate = "" if settings.fps is None or path.is_dir() else f" at {settings.fps:g} fps"
+    what = "is a picture, 1 frame" if is_picture(path) else f"has {frames} frame{'s' if frames != 1 else ''}{rate}"
+    return f"{what}, the shortest bucket needs {min(bucket.frames for bucket in settings.buckets)}"

@@ -1,10 +1,11 @@
-"""What `pusa-fast prepare` is given: a list of clips with captions, read and checked before anything is decoded.
+"""The clips and captions that `pusa-fast prepare` is given, checked before anything is decoded.
 
-    metadata.csv     columns file_name,text; files relative to its folder, or in train/ beside it as the reference lays them out
-    anything.jsonl   a JSON object a line: file_name, video or path; text, caption or prompt
-    a folder         with metadata.csv or metadata.jsonl; else videos and pictures, each with its caption in a .txt of its name
+    metadata.csv     columns file_name,text; files are relative to its folder, or to train/ in it
+    anything.jsonl   an object per line: file_name, video or path; text, caption or prompt
+    a folder         with metadata.csv or metadata.jsonl; else of videos and pictures, each with
+                     its caption in a .txt of its name
 
-What is wrong with the list itself raises; what is wrong with one clip is its `problem`.
+An error in the list itself raises; an error in one clip is its `problem`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from pusa_fast.media import PICTURE_SUFFIXES
 
-TENSORS = ".tensors.pth"  # the reference's own prepared clip, beside the file it was made from
+TENSORS = ".tensors.pth"  # follows the name of a file that the reference has prepared
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
 )
@@ -30,9 +31,9 @@ _PATH_KEYS, _TEXT_KEYS = ("file_name", "video", "path"), ("text", "caption", "pr
 
 @dataclass(frozen=True)
 class Source:
-    """One file to prepare. `name`: as the list writes it; `tensors`: the reference's latents of it, where they are to be used.
+    """One file to prepare. `name`: as in the list; `tensors`: the reference's latents to use.
 
-    `problem`: why it cannot be used, with `path` the place that was looked at; None where nothing is wrong so far.
+    `problem`: why it cannot be used, None so far as it can; then `path` is where it was looked for.
     """
 
     name: str
@@ -43,9 +44,10 @@ class Source:
 
 
 def read_sources(source: str | os.PathLike[str], tensors: bool = True) -> list[Source]:
-    """Every entry of SOURCE (see the module), in its order; `tensors`: use the reference's .tensors.pth files.
+    """Every entry of SOURCE in order; `tensors`: use the reference's .tensors.pth files.
 
-    Raises FileNotFoundError; ValueError naming file and line for a list that cannot be understood, holds nothing, or nothing usable.
+    Raises FileNotFoundError; ValueError with file and line for a list that cannot be understood, is
+    empty, or where no entry can be used.
     """
     path = Path(source)
     if not path.exists():
@@ -68,7 +70,7 @@ def read_sources(source: str | os.PathLike[str], tensors: bool = True) -> list[S
 def _read_list(path: Path, tensors: bool) -> list[Source]:
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"{path} is no list of clips: give a metadata.csv, a .jsonl file, or a folder of clips")
+        raise ValueError(f"{path} is not a list of clips: give a metadata.csv, a .jsonl file, or a folder of clips")
     text = _decoded(path)
     found = []
     for line, name, caption in readers[path.suffix.lower()](path, text):
@@ -78,7 +80,7 @@ def _read_list(path: Path, tensors: bool) -> list[Source]:
             f"{name}{caption}".encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{path} line {line}: {error.object[error.start]!r} is half a character: write the text anew"
+                f"{path} line {line}: {error.object[error.start]!r} is half a character: type the text again"
             ) from None
         found.append(_entry(path.parent, name.strip(), caption.strip(), tensors))
     return found
@@ -90,9 +92,8 @@ def _decoded(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path} line {line}: byte 0x{data[error.start]:02x} is not UTF-8: save the file as UTF-8"
-        ) from None
+        byte = f"0x{data[error.start]:02x}"
+        raise ValueError(f"{path} line {line}: byte {byte} is not UTF-8: save the file as UTF-8") from None
 
 
 def _read_csv(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
@@ -100,8 +101,9 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
     try:
         columns = [column.strip() for column in next(reader, [])]
         if missing := [name for name in ("file_name", "text") if name not in columns]:
+            lacking, among = " and no column ".join(missing), ", ".join(columns) or "none"
             raise ValueError(
-                f"{path} line 1: there is no column {' and no column '.join(missing)} among {', '.join(columns) or 'none'}: "
+                f"{path} line 1: there is no column {lacking} among {among}: "
                 "the first line must name the columns, file_name and text among them"
             )
         for row in reader:
@@ -123,24 +125,22 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} line {number}: no valid JSON ({error}): write one object a line") from None
+            raise ValueError(f"{path} line {number}: no valid JSON ({error}): write one object per line") from None
         if not isinstance(row, dict):
-            raise ValueError(
-                f'{path} line {number}: a {type(row).__name__} where an object such as {{"video": "a.mp4", "text": "..."}} is needed'
-            )
+            needed = 'an object such as {"video": "a.mp4", "text": "..."}'
+            raise ValueError(f"{path} line {number}: a {type(row).__name__} where {needed} is needed")
         yield number, _value(row, _PATH_KEYS, path, number), _value(row, _TEXT_KEYS, path, number)
 
 
 def _value(row: dict[str, Any], keys: tuple[str, ...], path: Path, line: int) -> str:
     key = next((key for key in keys if key in row), None)
     if key is None:
-        raise ValueError(
-            f"{path} line {line}: none of {', '.join(keys)} among its keys {', '.join(row) or '(none)'}: add one"
-        )
+        held = ", ".join(row) or "(none)"
+        raise ValueError(f"{path} line {line}: none of {', '.join(keys)} among its keys {held}: add one")
     if row[key] is None and keys is _TEXT_KEYS:
-        return ""  # a caption that somebody has yet to write, not a list of another kind
+        return ""  # a caption that is yet to be written, not a list of another kind
     if not isinstance(row[key], str):
-        raise ValueError(f"{path} line {line}: {key}={row[key]!r} is no text: put it in quotes")
+        raise ValueError(f"{path} line {line}: {key}={row[key]!r} is not text: put it in quotes")
     return str(row[key])
 
 
@@ -148,24 +148,24 @@ def _read_folder(folder: Path, tensors: bool) -> Iterator[Source]:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     videos = {entry.stem for entry in entries if entry.suffix.lower() in VIDEO_SUFFIXES}
     for entry in entries:
-        beside = entry.with_suffix(".txt") if not entry.is_dir() else entry.with_name(entry.name + ".txt")
+        caption_file = entry.with_name(entry.name + ".txt") if entry.is_dir() else entry.with_suffix(".txt")
         kind = entry.suffix.lower()
-        # A picture with a video's name is its preview; a folder is a clip, of PNGs, where a caption says so.
+        # A picture with a video's name is its preview. A folder with a caption is a clip of PNGs.
         is_clip = kind in VIDEO_SUFFIXES or (kind in PICTURE_SUFFIXES and entry.stem not in videos)
-        if not (beside.is_file() if entry.is_dir() else is_clip):
+        if not (caption_file.is_file() if entry.is_dir() else is_clip):
             continue
         caption, problem = "", None
         try:
-            caption = beside.read_text(encoding="utf-8-sig").strip()
+            caption = caption_file.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
-            problem = f"has no caption: write {beside.name} beside it"
+            problem = f"has no caption: write {caption_file.name} next to it"
         except (OSError, UnicodeDecodeError) as error:
-            problem = f"its caption {beside.name} cannot be read ({error}): save it as UTF-8"
+            problem = f"its caption {caption_file.name} cannot be read ({error}): save it as UTF-8"
         yield _entry(folder, entry.name, caption, tensors, problem)
 
 
 def _entry(folder: Path, name: str, caption: str, tensors: bool, problem: str | None = None) -> Source:
-    """The file of a list's entry, looked for beside the list and in train/."""
+    """The file of a list's entry, looked for in the list's folder and in its train/."""
     clip, pointed = name.removesuffix(TENSORS), name.endswith(TENSORS)
     places = [folder / clip, folder / "train" / clip]
     made = [place.with_name(place.name + TENSORS) for place in places] if tensors and Path(clip).name else []

@@ -1,7 +1,8 @@
-"""Procedural clips: one coloured shape moving on a plain background (or before a given picture), with a caption, and an oracle that measures them.
+"""Procedural clips with captions: one moving shape on a background; and an oracle to measure clips.
 
-Everything is drawn from a small grammar with a seeded generator, so the data is unlimited and a result can be scored
-exactly: colour and shape by segmentation, motion by the track of the centroid. Frames are uint8 [T, H, W, 3].
+Everything is drawn from a small grammar with a seeded generator, so the data is unlimited and a
+result can be scored exactly: colour and shape by segmentation, motion by the track of the centroid.
+Frames are uint8 [T, H, W, 3].
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _FOREGROUND_DISTANCE = 55.0  # RGB distance from the background above which a pi
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows. `x`, `y`: centroid of the first frame in pixels; the tints shift and tilt the background."""
+    """A clip's contents. `x`, `y`: first centroid, in pixels; `tint`, `tilt`: of the background."""
 
     shape: str
     color: str
@@ -62,7 +63,7 @@ def is_held_out(color: str, shape: str, direction: str) -> bool:
 def draw_scene(
     generator: torch.Generator, held_out: bool | None = False, frames: int = FRAMES, size: int = SIZE
 ) -> Scene:
-    """A random scene whose shape stays inside the picture; `held_out` chooses the split, None draws from both."""
+    """A random scene whose shape stays in the picture. `held_out`: the split; None: of both."""
     while True:
         shape, color, big, direction, speed, background = (_pick(table, generator) for table in GRAMMAR)
         if held_out is None or is_held_out(color, shape, direction) == held_out:
@@ -77,7 +78,10 @@ def draw_scene(
 
 
 def caption(scene: Scene, generator: torch.Generator | None = None, background: str | None = None) -> str:
-    """A caption; with a generator the wording varies and size, speed or background may go unsaid. `background`: another name for it."""
+    """A caption. With a generator the wording varies, and size, speed or background may be missing.
+
+    `background`: another name for it.
+    """
     size, speed, place = f"{scene.size} ", f" {scene.speed}", f" on a {background or scene.background} background"
     verb, way = "moves", scene.direction
     if generator is not None:
@@ -91,7 +95,7 @@ def caption(scene: Scene, generator: torch.Generator | None = None, background: 
 def render(
     scenes: Sequence[Scene], frames: int = FRAMES, size: int = SIZE, backdrops: Mapping[int, Tensor] | None = None
 ) -> Tensor:
-    """uint8 [N, frames, size, size, 3], anti-aliased. `backdrops`: pictures [size, size, 3] in 0..255 behind the scenes so numbered."""
+    """uint8 [N, frames, size, size, 3], anti-aliased. `backdrops` [size, size, 3] by scene."""
     centers = torch.stack([s.centers(frames) for s in scenes])  # [N, T, 2]
     radius = torch.tensor([SIZES[s.size] for s in scenes])[:, None, None, None]
     axis = torch.arange(size) + 0.5
@@ -115,14 +119,14 @@ def render(
 class Track:
     """What the oracle sees in a clip of T frames."""
 
-    centers: Tensor  # [T, 2] centroid (x, y) in pixels, NaN where nothing stands out
+    centers: Tensor  # [T, 2] centroid (x, y) in pixels, NaN where no shape is seen
     colors: tuple[str | None, ...]  # per frame, nearest colour of the palette
     shapes: tuple[str | None, ...]  # per frame, best-fitting outline
     areas: Tensor  # [T] pixels
 
     @property
     def direction(self) -> str | None:
-        """Main direction of the motion between the first and last frame in which the shape is seen."""
+        """Main direction of the motion between the first and last frame that show the shape."""
         seen = self.centers[~self.centers.isnan().any(dim=1)]
         if len(seen) < 2 or (seen[-1] - seen[0]).norm() < 3:
             return None
@@ -131,7 +135,7 @@ class Track:
 
 
 def measure(clip: Tensor) -> Track:
-    """Segment a clip uint8 [T, H, W, 3] by its distance from the border's colour and name what it shows."""
+    """Segment a clip uint8 [T, H, W, 3] by distance from the border's colour; name its shape."""
     centers: list[Tensor] = []
     colors: list[str | None] = []
     shapes: list[str | None] = []
@@ -140,9 +144,7 @@ def measure(clip: Tensor) -> Track:
     H, W = clip.shape[1:3]
     ys, xs = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
     for frame in clip.float():
-        border = torch.cat(
-            [frame[:2].flatten(0, 1), frame[-2:].flatten(0, 1), frame[:, :2].flatten(0, 1), frame[:, -2:].flatten(0, 1)]
-        )
+        border = torch.cat([edge.flatten(0, 1) for edge in (frame[:2], frame[-2:], frame[:, :2], frame[:, -2:])])
         distance = (frame - border.median(dim=0).values).norm(dim=-1)
         mask = distance > _FOREGROUND_DISTANCE
         area = int(mask.sum())
@@ -171,7 +173,7 @@ def _name_shape(mask: Tensor, dx: Tensor, dy: Tensor, area: int) -> str:
 
 
 def _signed_distance(shape: str, dx: Tensor, dy: Tensor, r: Tensor) -> Tensor:
-    """Pixels to the outline, positive inside; every shape has the area of the circle of radius r."""
+    """Pixels to the outline, positive inside; the area is that of the circle of radius r."""
     if shape == "circle":
         return r - (dx**2 + dy**2).sqrt()
     if shape == "square":

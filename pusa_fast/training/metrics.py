@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pusa_fast.data.store import write_text
+from pusa_fast.data.durable import write_text
 
 if TYPE_CHECKING:
     from pusa_fast.training.config import TrainConfig

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from pusa_fast.data.store import write_text
+from pusa_fast.data.durable import write_text
 from pusa_fast.training.optim import Average
 from pusa_fast.training.parallel import World
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pusa_fast.attention import resolve
+from pusa_fast.data.durable import write_text
 from pusa_fast.data.lock import alone
-from pusa_fast.data.store import LatentStore, write_text
+from pusa_fast.data.store import LatentStore
 from pusa_fast.device import out_of_memory, resolve_device
 from pusa_fast.model.dit import WanDiT
 from pusa_fast.model.linear import add_lora

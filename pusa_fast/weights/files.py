@@ -1,6 +1,8 @@
-"""Checkpoint files as tables of tensors that are read one at a time: finding the files, opening them, saving.
+"""Checkpoint files as tables of tensors that are read one at a time: finding the files, opening
+them, saving.
 
-safetensors and .pth files are mapped, so a tensor costs memory only once it is used, and then only once.
+safetensors and .pth files are mapped, so a tensor costs memory only once it is used, and then only
+once.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Stored:
 
 @dataclass(frozen=True)
 class Source:
-    """The tensors of a checkpoint. `folder` is where a config.json would lie; `shared`: a caller's own tensors."""
+    """The tensors of a checkpoint. `folder` is where a config.json would lie; `shared`: a caller's
+    own tensors.
+    """
 
     label: str
     tensors: dict[str, Stored]
@@ -53,7 +57,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Places:
-    """Where a directory keeps one part of a model: file patterns and sub-directories ('name/'), the first hit wins."""
+    """Where a directory keeps one part of a model: file patterns and sub-directories ('name/'), the
+    first hit wins.
+    """
 
     what: str
     entries: tuple[str, ...]
@@ -77,8 +83,9 @@ TEXT = Places("a UMT5 encoder", ("models_t5_umt5-xxl-enc-*.safetensors", "models
 def open_source(source: StateSource, places: Places) -> Source:
     """Tensors of a file, shards, a directory or a state dict.
 
-    Raises FileNotFoundError for a path (or a shard that an index names) that is not there; ValueError for a directory
-    without a model, a file that is damaged, of an unknown kind or not a plain table of tensors, and shards that overlap.
+    Raises FileNotFoundError for a path (or a shard that an index names) that is not there;
+    ValueError for a directory without a model, a file that is damaged, of an unknown kind or not a
+    plain table of tensors, and shards that overlap.
     """
     if isinstance(source, Mapping):
         return Source("the state dict", _from_mapping(source, "the state dict"), shared=True)
@@ -102,7 +109,9 @@ def open_source(source: StateSource, places: Places) -> Source:
 
 
 def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Tensors and metadata of one .safetensors, .pth, .pt, .bin or .ckpt file. Raises as `open_source`."""
+    """Tensors and metadata of one .safetensors, .pth, .pt, .bin or .ckpt file. Raises as
+    `open_source`.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a directory: name the file in it")
     if not path.is_file():
@@ -220,9 +229,11 @@ def _pointer(path: Path) -> str:
 def save(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, under a temporary name that replaces `path` only once it is complete.
+    """Write tensors as safetensors, under a temporary name that replaces `path` only once it is
+    complete.
 
-    Raises FileNotFoundError when the directory is not there, and the disk's own OSError where it is full.
+    Raises FileNotFoundError when the directory is not there, and the disk's own OSError where it is
+    full.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -243,7 +254,8 @@ def save(
 
 
 def fingerprint(path: str | os.PathLike[str], places: Places) -> str:
-    """Names the weights of a model at `path` without reading them whole: sizes, first and last MiB of their files.
+    """Names the weights of a model at `path` without reading them whole: sizes, first and last MiB
+    of their files.
 
     Raises as `open_source`.
     """

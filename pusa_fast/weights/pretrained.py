@@ -1,6 +1,7 @@
 """Model directories: where the parts lie, and the defaults that go with them. Reads no weights.
 
-Three layouts: nano's own (`model.json`), diffusers (`model_index.json`) and official Wan (`Wan2.1_VAE.pth`).
+Three layouts: nano's own (`model.json`), diffusers (`model_index.json`) and official Wan
+(`Wan2.1_VAE.pth`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
     from pusa_fast.model.text import TextEncoder
 
-# Defaults of published Wan models: sizes of the 480p models, the rest those of the reference's command line (spec 2.4, 3.1).
+# Defaults of published Wan models: sizes of the 480p models, the rest those of the reference's
+# command line (spec 2.4, 3.1).
 WAN_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "num_frames": 81,
@@ -41,9 +43,11 @@ WAN_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The parts of a model. `text_encoder`: a transformers directory, or one file of weights; `loras`: path to strength.
+    """The parts of a model. `text_encoder`: a transformers directory, or one file of weights;
+    `loras`: path to strength.
 
-    `defaults` has every key of WAN_DEFAULTS; `spec` is the whole model.json, empty for other layouts.
+    `defaults` has every key of WAN_DEFAULTS; `spec` is the whole model.json, empty for other
+    layouts.
     """
 
     name: str
@@ -61,7 +65,8 @@ class ModelFiles:
 def find_model(model: str | os.PathLike[str]) -> ModelFiles:
     """Files and defaults of "nano" (shipped with the package) or of a directory.
 
-    Raises ValueError for a directory that is no model, saying what was looked for, and for a part that is missing.
+    Raises ValueError for a directory that is no model, saying what was looked for, and for a part
+    that is missing.
     """
     embedded = model == "nano"
     folder = Path(str(resources.files("pusa_fast") / "assets" / "nano")) if embedded else Path(model)
@@ -154,8 +159,8 @@ def _complete(files: ModelFiles, folder: Path) -> ModelFiles:
 def model_geometry(files: ModelFiles) -> Geometry:
     """Factors, patch and channels of a model, from the headers of its files. No weights are read.
 
-    Raises what `load_dit` and `load_vae` do for a file that they cannot load or whose configuration is unknown, and
-    ValueError for a transformer and a VAE that do not fit.
+    Raises what `load_dit` and `load_vae` do for a file that they cannot load or whose configuration
+    is unknown, and ValueError for a transformer and a VAE that do not fit.
     """
     from pusa_fast.weights import checkpoint
 
@@ -164,7 +169,9 @@ def model_geometry(files: ModelFiles) -> Geometry:
 
 
 def load_text_encoder(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """The model's text encoder, from a transformers directory or one file of weights. Raises as `TextEncoder` does."""
+    """The model's text encoder, from a transformers directory or one file of weights. Raises as
+    `TextEncoder` does.
+    """
     from pusa_fast.model.text import TextEncoder
     from pusa_fast.weights import load_text_encoder_state
 

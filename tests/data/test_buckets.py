@@ -9,11 +9,14 @@ import torch
 
 from films import frames_of
 from pusa_fast import video
+from pusa_fast.config import Geometry
 from pusa_fast.data.buckets import Bucket, choose, parse_bucket, read_windows, window_starts
+
+WAN = Geometry(spatial_factor=8, temporal_factor=4, patch=(1, 2, 2), channels=16, text_dim=4096, text_len=512)
 
 
 def test_the_bucket_of_a_clip() -> None:
-    wide, tall, long, big = (parse_bucket(text) for text in ("96x64x9", "64x96x9", "96x64x17", "192x128x9"))
+    wide, tall, long, big = (parse_bucket(text, WAN) for text in ("96x64x9", "64x96x9", "96x64x17", "192x128x9"))
     assert choose([wide, tall], 640, 272, 100) == wide
     assert choose([wide, tall], 272, 640, 9) == tall
     assert choose([wide, tall], 272, 640, 8) is None

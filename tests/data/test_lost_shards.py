@@ -44,7 +44,7 @@ def test_shards_that_cannot_be_read_are_made_anew(here: Path, monkeypatch: pytes
     assert (
         note.startswith("note: shard 00001.safetensors is ")
         and said in note
-        and note.endswith(": 2 clips are made anew")
+        and note.endswith(": 2 clips are made again")
     )
     assert counts == "6 clips in out (2 new): 6 of 32x32x1"
     assert hashes(here / "out") == before
@@ -131,7 +131,7 @@ def test_lost_clips_of_other_lists_are_gone(here: Path) -> None:
     (note,) = prepare("b.csv", "out", buckets=SMALL, add=True).notes
     assert (
         note.startswith("shard 00000.safetensors is damaged")
-        and ", and 1 more shards cannot be read: 1 clips are made anew, 1 of other" in note
+        and ", and 1 more shards cannot be read: 1 clips are made again, 1 of other" in note
     )
     assert trained_on("out") == [("films/b.mp4", "x")] and torch.isfinite(LatentStore("out").empty_text).all()
     cut_off(here / "out" / EMPTY, 0)

@@ -88,7 +88,7 @@ def test_add_keeps_the_clips_before(here: Path) -> None:
     first = trained_on("out")
     result = run("two.csv", "--out", "out", "--bucket", SMALL[0], "--add")
     assert result.stderr.splitlines() == [
-        "note: 2 clips of earlier lists or settings are kept beside these",
+        "note: 2 clips of earlier lists or settings are kept with these",
         "5 clips in out (3 new): 5 of 32x32x5",
     ]
     assert trained_on("out") == [

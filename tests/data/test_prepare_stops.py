@@ -36,7 +36,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(here: Path, start: Ca
     assert not (here / "killed" / REPORT).exists()
     survived = len(read_index(here / "killed")[0])
     assert 2 <= survived < 24
-    with pytest.raises(ValueError, match="killed is not ready: no prepare of it has come to its end"):
+    with pytest.raises(ValueError, match="killed is not ready: no prepare of it has finished"):
         LatentStore("killed")
     # What a kill inside a write leaves behind.
     for name in (".empty_text.safetensors.7.tmp", "index.json.part", "shards/.00003.safetensors.7.tmp"):

@@ -66,7 +66,7 @@ def test_tensors_are_one_clip_whatever_the_caption_and_know_their_film(here: Pat
 
 BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "channels": ({"latents": torch.zeros(4, 2, 4, 6)}, "holds latents [4, 2, 4, 6], the model needs [16, F, h, w]"),
-    "odd": ({"latents": torch.zeros(16, 2, 3, 6)}, "even h and w"),
+    "odd": ({"latents": torch.zeros(16, 2, 3, 6)}, "h and w multiples of the patch 2x2"),
     "width": (
         {"prompt_emb": {"context": torch.ones(1, 5, 4096)}},
         "holds text [1, 5, 4096], the model needs [1, L, 64]",

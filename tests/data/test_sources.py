@@ -62,7 +62,7 @@ def test_a_folder_of_files_with_captions(here: Path) -> None:
     assert [s.name for s in found] == ["a.mp4", "b.mp4", "cut.mp4", "pngs", "short.mp4", "still.png", "tall.mp4"]
     assert [s.name for s in found if not s.problem] == ["a.mp4", "pngs", "still.png"]
     assert found[0].caption == "a"
-    assert found[1].problem == "has no caption: write b.txt beside it"
+    assert found[1].problem == "has no caption: write b.txt next to it"
     assert "short.txt cannot be read" in str(found[4].problem)
 
 
@@ -71,7 +71,7 @@ def test_a_caption_that_is_null_is_empty(here: Path) -> None:
     made = prepare("l.jsonl", "out", buckets=SMALL)
     assert made.clips == 1 and made.bad == [("films/a.mp4", "its caption is empty: write what the clip shows")]
     (here / "l.jsonl").write_text('{"video": null, "text": "x"}\n')
-    with pytest.raises(ValueError, match=r"l\.jsonl line 1: video=None is no text"):
+    with pytest.raises(ValueError, match=r"l\.jsonl line 1: video=None is not text"):
         read_sources("l.jsonl")
 
 
