@@ -1,7 +1,8 @@
-"""Names that vulture finds unused in the package but that are not: callers and frameworks use them. `vulture` reads this file.
+"""Names that vulture finds unused in the package, but that callers or libraries use.
 
-Functions under a decorator that registers them are left out in pyproject.toml. To refresh: delete a name, run `vulture`, and put
-back what it prints if something outside the package uses it. Delete from the package what nothing uses.
+pyproject.toml leaves out functions under a decorator that registers them. To refresh: delete names
+here, run `vulture`, and put back what something outside the package uses. What nothing uses, delete
+from the package.
 """
 
 # Public names, for callers, benchmarks and examples.
