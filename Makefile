@@ -3,6 +3,7 @@ PYTHON ?= python3
 PROMPT ?= a red circle moves right on a gray background
 IMAGE ?= examples/first_frame.png
 BIN := .venv/bin
+WORKERS ?= 2
 
 # pip splits this value at blanks, hence the escaped URL. Newer pips read the second name for build requirements.
 empty :=
@@ -17,7 +18,7 @@ demo: .venv/.installed
 	$(BIN)/pusa-fast generate "$(PROMPT)" --image "$(IMAGE)" --out clip.mp4 --overwrite
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Settings of the whole suite, and the recorded outputs of the reference implementation as fixtures."""
+"""Settings of the whole suite, and recorded outputs of the reference implementation as fixtures."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ if not HAS_CUDA:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# The tensors of the suite are small: more than two threads cost more than they give.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+# The tensors of the suite are small: more than two threads cost more than they give. Workers of
+# pytest-xdist share the cores.
+CORES = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, min(2, CORES)))))
 
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
@@ -64,20 +66,20 @@ def _document(path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, Tensor]]:
-    """`golden("vae")`: the tensors of tests/golden/vae.safetensors, read once; copies, which a test may change."""
+    """`golden("vae")`: copies of the tensors of tests/golden/vae.safetensors, read once."""
     return lambda name: {key: t.clone() for key, t in _tensors(HERE / "golden" / f"{name}.safetensors").items()}
 
 
 @pytest.fixture(scope="session")
 def golden_meta() -> dict[str, Any]:
-    """tests/golden/meta.json: configurations, seed and the arguments of each recorded run. Not to be changed."""
+    """tests/golden/meta.json: configurations, seed, arguments of each recorded run. Read only."""
     meta: dict[str, Any] = _document(HERE / "golden" / "meta.json")
     return meta
 
 
 @pytest.fixture(scope="session")
 def interpreter_as_the_hardware() -> None:
-    """Makes Triton's interpreter round to bf16 and fp8 as GPUs do (tests/kernels/interpreter.py)."""
+    """Makes Triton's interpreter round to bf16 and fp8 as GPUs do: tests/kernels/interpreter.py."""
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         return
     # By its path: importlib mode gives test folders no package to import from.
@@ -90,7 +92,7 @@ def interpreter_as_the_hardware() -> None:
 
 @pytest.fixture(params=["reference", "native", "triton"])
 def ops_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with each implementation of the ops forced; without a GPU, Triton's in its interpreter."""
+    """Runs the test on each backend of the ops; without a GPU, on Triton's interpreter."""
     from pusa_fast import ops
 
     if reason := ops.backends()[request.param]:
@@ -103,7 +105,7 @@ def ops_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def manifest() -> Callable[[str], Any]:
-    """`manifest("wan2.1-vae")`: tests/manifests/wan2.1-vae.json, the tensors of a published checkpoint; a copy."""
+    """`manifest("wan2.1-vae")`: a copy of tests/manifests/wan2.1-vae.json, a published file."""
     return lambda name: copy.deepcopy(_document(HERE / "manifests" / f"{name}.json"))
 
 
@@ -116,17 +118,18 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TinyTraining:
-    """Two blocks of width 48 with random weights, eleven clips of two shapes, and settings that train on them in milliseconds."""
+    """Two random blocks of width 48, eleven clips of two shapes, settings for very short steps."""
 
     dit: Path
     clips: Path
     runs: Path
 
     def values(self, run: str = "run", **changes: Any) -> dict[str, Any]:
-        """Plain settings of a run in `runs`; those that are tables are merged with a change, not replaced by it."""
+        """Plain settings of a run in `runs`. A change to a table is merged into it."""
         found: dict[str, Any] = {
-            "data": {"path": str(self.clips)}, "out": str(self.runs / run), "model": "nano", "dit": str(self.dit), "device": "cpu",
-            "steps": 6, "batch_size": 4, "seed": 3, "lora": {"rank": 4}, "optim": {"lr": 0.01}, "checkpoints": {"every": 0},
+            "data": {"path": str(self.clips)}, "out": str(self.runs / run), "model": "nano", "dit": str(self.dit),
+            "device": "cpu", "steps": 6, "batch_size": 4, "seed": 3, "lora": {"rank": 4}, "optim": {"lr": 0.01},
+            "checkpoints": {"every": 0},
         }  # fmt: skip
         return merged(found, changes)
 
@@ -175,7 +178,10 @@ def tiny(_tiny_files: tuple[Path, Path], tmp_path: Path) -> TinyTraining:
 
 @pytest.fixture(scope="session")
 def finished(_tiny_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """`finished(**changes)`: the settings of a run as `tiny.config` gives them, trained to its end once for all tests. Not to be changed."""
+    """`finished(**changes)`: settings as of `tiny.config`, of a run trained to its end.
+
+    Trained once for all tests, so read only.
+    """
     from pusa_fast.training.trainer import train
 
     runs = TinyTraining(*_tiny_files, tmp_path_factory.mktemp("finished"))
@@ -197,7 +203,8 @@ def _fork_server() -> None:
     forkserver.set_forkserver_preload(PRELOADED)
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with pytest.MonkeyPatch.context() as patch:
-        # One thread in the server: a lock that another thread holds during a fork stays locked in the child.
+        # One thread in the server: a lock that another thread holds during a fork stays locked in
+        # the child.
         for name, value in {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
             patch.setenv(name, value)
         forkserver.ensure_running()
@@ -205,7 +212,10 @@ def _fork_server() -> None:
 
 @pytest.fixture
 def start(tmp_path: Path, _fork_server: None) -> Iterator[Callable[..., Program]]:
-    """`start(function, *words, NAME="value of the environment")` calls it in a `Program`. Kills what is left at the end."""
+    """`start(function, *words, NAME="value of the environment")` calls it in a `Program`.
+
+    Programs that still run at the end of the test are killed.
+    """
     running: list[Program] = []
 
     def begin(function: Callable[..., None], *words: Any, **environment: str) -> Program:

@@ -1,4 +1,4 @@
-"""docs/design.md section 4, checked: which part may import which, that no two files import each other, and where every file is.
+"""docs/design.md section 4, checked: arrows between parts, circles between files, the layout.
 
 The layout block of that section is a tree, one entry a line:
 
@@ -10,9 +10,10 @@ The layout block of that section is a tree, one entry a line:
                             that goes on here
       next.py               (later) what will be built here
 
-Indentation puts an entry into the folder above it. Names come first, separated by one space; two spaces or more end them.
-A line that begins at column 20 or after it goes on with the purpose above. `(later)` marks what must not exist yet. The page
-has to name every source file of the folders in `NAMED`, and nothing that does not exist.
+Indentation puts an entry into the folder above it. Names come first, separated by one space; two
+spaces or more end them. A line that begins at column 20 or later goes on with the purpose above.
+`(later)` marks what must not exist yet. The page has to name every source file of the folders in
+`NAMED`, and nothing that does not exist.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _BELOW_PIPELINE = {
 }
 _ALL = {"__init__", *_BELOW_PIPELINE, "pipeline", "engine", "data", "training", "integrations", "bench"}
 
-# Part -> the parts it may import. Itself always; `cli` never; `commands`, its other half, by `cli` alone.
+# Part -> the parts it may import. Itself always; `cli` never; `commands`, its other half, by
+# `cli` alone.
 ARROWS: dict[str, set[str]] = {
     "_native": set(),
     "kernels": set(),
@@ -68,11 +70,13 @@ ARROWS: dict[str, set[str]] = {
     "examples": _ALL,
     "__init__": _ALL,  # names, not imports: test_packaging.py holds what an import of the package loads
 }
-# (module, what it may import against the arrows): an old name of a class that has moved, loaded when a caller asks for it.
+# (module, what it may import against the arrows): an old name of a class that has moved, loaded
+# when a caller asks for it.
 EXCEPTIONS = {("pusa_fast.sampling.sampler", "pusa_fast.model.experts")}
 # Files that import each other all the same. Keep it empty.
 EXPECTED_CIRCLES: set[frozenset[str]] = {frozenset({"pusa_fast.model.vae.memory", "pusa_fast.model.vae.model"})}
-# Part -> the only packages, beyond the standard library, that it may import. Unlisted: any that is installed with us.
+# Part -> the only packages, beyond the standard library, that it may import. Unlisted: any that
+# is installed with us.
 PACKAGES: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
     "config": {"torch"},
@@ -80,7 +84,8 @@ PACKAGES: dict[str, set[str]] = {
     "sampling": {"torch", "numpy"},
     "video": {"torch", "numpy", "av", "PIL"},
 }
-# Come with the extras only, so that the package itself must do without. A bridge to another library may ask for it.
+# Come with the extras only, so that the package itself must do without. A bridge to another
+# library may ask for it.
 EXTRAS = {"diffusers", "peft", "accelerate", "pytest", "hypothesis", "ray"}
 MAY_USE_EXTRAS = {"integrations", "bench", "examples"}
 
@@ -129,9 +134,10 @@ def part_of(module: str) -> str:
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[Import]:
-    """What `source` imports: at the top, inside functions, for type checkers alone, by a literal string, or as a lazy name.
+    """What `source` imports: at the top, in functions, for type checkers, by a string, lazily.
 
-    `from package import name` counts as the module package.name where there is one, a lazy name as the module that defines it.
+    `from package import name` counts as the module package.name where there is one, a lazy name as
+    the module that defines it.
     """
     return _imports(ast.parse(source), module, is_package, True)
 
@@ -248,7 +254,7 @@ def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
 
 
 def test_no_two_files_import_each_other() -> None:
-    """Imports at the top of a file and inside functions alike; what only type checkers read may point back."""
+    """At the top of a file or inside functions. What only type checkers read may point back."""
     graph = {module: {one.target for one in imports_of(module) if one.runtime} & FILES.keys() for module in FILES}
     found = circles(graph)
     assert found == EXPECTED_CIRCLES, "\n".join(", ".join(sorted(group)) for group in found ^ EXPECTED_CIRCLES)
@@ -264,7 +270,7 @@ def test_a_circle_is_found() -> None:
 
 
 def layout(page: str) -> tuple[set[str], set[str]]:
-    """(what the page says is there, what it says comes later): paths from the root, folders without a slash at the end."""
+    """(what is there, what comes later) by the page: paths from the root, without a final slash."""
     block = page.split("\n## 4.")[1].split("\n## 5.")[0].split("```")[1]
     there, later = set[str](), set[str]()
     folders = [(-1, "")]

@@ -1,4 +1,4 @@
-"""What an importer and an installer may rely on: names, versions, cost of the import, life without the compiled part."""
+"""What callers may rely on: names, versions, a cheap import, life without the compiled part."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = ["load_dit", "load_vae", "apply_lora", "read_lora"]
 
 
 def run(source: str) -> str:
-    """Output of a fresh interpreter that runs `source` from the repository root, as a plain checkout would."""
+    """Output of a new interpreter that runs `source` in the repository root."""
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -116,7 +116,8 @@ import sys
 sys.modules["pusa_fast._native"] = None  # every import of it now fails, as in a plain checkout
 import torch
 from pusa_fast import DiTConfig, WanDiT
-dit = WanDiT(DiTConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=1, in_channels=4, out_channels=4, text_dim=8, freq_dim=8))
+sizes = dict(in_channels=4, out_channels=4, text_dim=8, freq_dim=8)
+dit = WanDiT(DiTConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=1, **sizes))
 x = torch.randn(1, 4, 2, 4, 4)
 with torch.no_grad():
     v = dit(x, torch.tensor([[0.0, 500.0]]), torch.randn(1, 3, 8))

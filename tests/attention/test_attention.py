@@ -1,4 +1,4 @@
-"""Attention against a float64 softmax: every backend that this machine can use, its gradients, and what is refused."""
+"""Attention against a float64 softmax: every usable backend, its gradients, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The custom op around the attention packages, with stand-ins that have their signatures and compute in float32 on the CPU.
+"""The custom op around the attention packages, on stand-ins that compute in float32 on the CPU.
 
-The stand-ins hold our side to account: order of arguments, softmax scale, log-sum-exp, gradients, strides, and what the op
-needs for torch.compile, meta tensors and checkpoints. What the real packages compute is for a machine with a GPU
-(test_attention.py).
+The stand-ins have the packages' signatures. They check our side: order of arguments, softmax scale,
+log-sum-exp, gradients, strides, and what the op needs for torch.compile, meta tensors and
+checkpoints. What the real packages compute is tested on a GPU (test_attention.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def backward(
 
 
 class StandIn:
-    """The modules of one package, with its own names and orders of arguments. `calls`: what was called, with what."""
+    """The modules of one package, with its own names and orders of arguments.
+
+    `calls`: what was called, with what.
+    """
 
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.backend = name.partition(" ")[0]
@@ -80,43 +83,65 @@ class StandIn:
             backward(*saved, scale)
 
         # fmt: off
-        def fa2_forward(q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax):
-            assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax) == (0, -1, -1, 0, None, False)
+        def fa2_forward(
+            q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+            return_softmax
+        ):
+            assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax) == (
+                0, -1, -1, 0, None, False
+            )
             return *run_forward(q, k, v, softmax_scale, causal), torch.empty(0), torch.empty(2)
 
-        def fa2_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
-                         softcap, alibi_slopes, deterministic, rng_state=None):
-            assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes, rng_state) == (0, -1, -1, 0, None, None)
-            run_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, scale=softmax_scale, causal=causal, deterministic=deterministic)
+        def fa2_backward(
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+            window_size_right, softcap, alibi_slopes, deterministic, rng_state=None
+        ):
+            assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes, rng_state) == (
+                0, -1, -1, 0, None, None
+            )
+            run_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, scale=softmax_scale,
+                         causal=causal, deterministic=deterministic)
             return torch.empty(0)
 
-        def fa3_forward(q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k, max_seqlen_q,
-                        max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary, q_descale, k_descale,
-                        v_descale, softmax_scale, causal, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True,
-                        scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0):
-            assert {k_new, v_new, qv, out, cu_seqlens_q, seqused_k, page_table, seqlens_rotary, q_descale, v_descale} == {None}
+        def fa3_forward(
+            q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k,
+            max_seqlen_q, max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary,
+            q_descale, k_descale, v_descale, softmax_scale, causal, window_size=(-1, -1), attention_chunk=0,
+            softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0
+        ):
+            unused = {k_new, v_new, qv, out, cu_seqlens_q, seqused_k, page_table, seqlens_rotary, q_descale, v_descale}
+            assert unused == {None}
             return *run_forward(q, k, v, softmax_scale, causal), None, None
 
-        def fa3_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k, dq, dk,
-                         dv, softmax_scale, causal, window_size=(-1, -1), softcap=0.0, deterministic=False, sm_margin=0):
+        def fa3_backward(
+            dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q,
+            max_seqlen_k, dq, dk, dv, softmax_scale, causal, window_size=(-1, -1), softcap=0.0, deterministic=False,
+            sm_margin=0
+        ):
             assert {cu_seqlens_q, sequed_q, max_seqlen_k} == {None} and (window_size, softcap) == ((-1, -1), 0)
-            run_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, scale=softmax_scale, causal=causal, deterministic=deterministic)
+            run_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, scale=softmax_scale,
+                         causal=causal, deterministic=deterministic)
             return dq, dk, dv, torch.empty(0)
 
-        def fa3_forward_2026(q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
-                             cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, page_table=None,
-                             kv_batch_idx=None, leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None, q_descale=None,
-                             k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1,
-                             attention_chunk=0, softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None,
-                             sm_margin=0):
+        def fa3_forward_2026(
+            q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
+            cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
+            page_table=None, kv_batch_idx=None, leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None,
+            q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size_left=-1,
+            window_size_right=-1, attention_chunk=0, softcap=0.0, rotary_interleaved=True, scheduler_metadata=None,
+            num_splits=1, pack_gqa=None, sm_margin=0
+        ):
             assert (v_descale, window_size_left, window_size_right, softcap, num_splits) == (None, -1, -1, 0, 1)
             return *run_forward(q, k, v, softmax_scale, causal), torch.empty(0), torch.empty(0)
 
-        def fa3_backward_2026(dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
-                              max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
-                              window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0):
+        def fa3_backward_2026(
+            dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+            max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+            window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0
+        ):
             assert (max_seqlen_k, window_size_left, window_size_right, softcap) == (None, -1, -1, 0)
-            run_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, scale=softmax_scale, causal=is_causal, deterministic=deterministic)
+            run_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, scale=softmax_scale,
+                         causal=is_causal, deterministic=deterministic)
             return torch.empty(0)
 
         def fa4_forward(q, k, v, qv=None, *, softmax_scale=None, causal=False, return_lse=False):
@@ -124,8 +149,12 @@ class StandIn:
             out, lse = run_forward(q, k, v, softmax_scale, causal)
             return out, lse if return_lse else None, None, None, None
 
-        def fa4_backward(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, *, deterministic=False, dq=None, dk=None, dv=None):
-            run_backward(dout, q, k, v, out, lse, dq, dk, dv, scale=softmax_scale, causal=causal, deterministic=deterministic)
+        def fa4_backward(
+            q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, *, deterministic=False, dq=None,
+            dk=None, dv=None
+        ):
+            run_backward(dout, q, k, v, out, lse, dq, dk, dv, scale=softmax_scale,
+                         causal=causal, deterministic=deterministic)
             return dq, dk, dv
 
         def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, smooth_k=True):

@@ -1,4 +1,4 @@
-"""Which backend is chosen: every row of the table, with the device, the packages and their behaviour made up."""
+"""Which backend is chosen: every row of the table, on made-up devices, packages and behaviour."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def _forget() -> Iterator[None]:
 
 
 class Machine:
-    """A GPU of this architecture with these libraries, as far as the table can tell. `tried`: the examples that were run."""
+    """A GPU of this architecture with these libraries, as far as the table can tell.
+
+    `tried`: the examples that were run.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, major: int, libraries: tuple[str, ...] = LIBRARIES) -> None:
         self.libraries, self.tried = set(libraries), []
@@ -204,7 +207,8 @@ def test_backends_reports_for_the_device_at_hand(monkeypatch: pytest.MonkeyPatch
     assert machine.tried == [("fa4", torch.bfloat16, 128, False), ("sage", torch.bfloat16, 128, False)]
 
 
-# What follows imports and runs for real: stand-ins for the packages, on CPU tensors that the table takes for a Hopper's.
+# What follows imports and runs for real: stand-ins for the packages, on CPU tensors that the
+# table takes for a Hopper's.
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_what_was_promised_of_the_transformer() -> None:
 
 
 def test_a_forward_is_scaled_from_two_depths() -> None:
-    """1 s around the blocks and 2 s a block: 5 s with two of them, 9 s with four, 81 s with forty."""
+    """1 s around the blocks, 2 s a block: 5 s with two of them, 9 s with four, 81 s with forty."""
     found = run_dit.scaled({"pusa@2": [5.0, 5.0], "pusa@4": [9.0, 9.0]}, "pusa")
     assert (found["block_ms"]["median"], found["forward_s"]) == (2000, 81)
 
@@ -107,7 +107,7 @@ def test_a_training_step_beside_the_reference() -> None:
 
 
 def test_lower_precisions_are_compared_on_the_model_as_it_is_used() -> None:
-    """With nano's LoRA on all of them: without it, or on one alone, the clips would have little in common."""
+    """With nano's LoRA on all of them. Otherwise the clips would have little in common."""
     found = run_numerics.run(CPU, clips=1)
     assert found["emulated"] and list(found["blocks"]) == ["bf16", "fp8"]
     for name, blocks, psnr in (("bf16", (0.001, 0.02), 45), ("fp8", (0.005, 0.1), 30)):

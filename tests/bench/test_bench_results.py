@@ -1,4 +1,4 @@
-"""bench/ after the measuring: comparing results and versions, tables in documents, and the script for a GPU."""
+"""bench/ after the measuring: comparing results and versions, tables in documents, a GPU script."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ def run(*words: str) -> Result:
 
 def card(gpu: str | None = None, date: str = "2026-01-01 00:00 UTC") -> dict[str, Any]:
     return {
-        "device": "cuda" if gpu else "cpu", "gpu": {"name": gpu} if gpu else None, "cpu": {"model": "Mill", "threads": 2, "isa": "AVX2"},
-        "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "dirty": False, "date": date,
+        "device": "cuda" if gpu else "cpu", "gpu": {"name": gpu} if gpu else None,
+        "cpu": {"model": "Mill", "threads": 2, "isa": "AVX2"}, "versions": {"torch": "2.13.0"},
+        "commit": "0123456789abcdef", "dirty": False, "date": date,
     }  # fmt: skip
 
 
 def row(provider: str, median: float, spread: float = 0.1, **more: Any) -> dict[str, Any]:
     return {
-        "op": "rms_norm", "kernel": "K4", "shape": "14b-480p", "dtype": "bf16", "provider": provider, "status": "ok", "bytes": 1000,
-        "median_us": median, "p20_us": median * (1 - spread), "p80_us": median * (1 + spread), "n": 9, "gbps": 4000.0,
-        "percent_of_copy": 93.0, "over_eager": 3.5, **more,
+        "op": "rms_norm", "kernel": "K4", "shape": "14b-480p", "dtype": "bf16", "provider": provider, "status": "ok",
+        "bytes": 1000, "median_us": median, "p20_us": median * (1 - spread), "p80_us": median * (1 + spread), "n": 9,
+        "gbps": 4000.0, "percent_of_copy": 93.0, "over_eager": 3.5, **more,
     }  # fmt: skip
 
 
@@ -150,7 +151,8 @@ def test_another_version_is_imported_from_its_folder(tmp_path: Path) -> None:
     """An editable install comes first on the path: the measured package must not be this one."""
     (tmp_path / "pusa_fast").mkdir()
     (tmp_path / "pusa_fast" / "__init__.py").write_text("__version__ = 'other'")
-    source = f"from bench.__main__ import use_package; use_package({str(tmp_path)!r}); import pusa_fast; print(pusa_fast.__version__)"
+    use = f"from bench.__main__ import use_package; use_package({str(tmp_path)!r})"
+    source = f"{use}; import pusa_fast; print(pusa_fast.__version__)"
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "other", done.stderr
 
@@ -199,8 +201,8 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
 
     spread = {"median": 2.0, "p20": 1.0, "p80": 3.0}
     attention = {
-        "kind": "self", "direction": "forward", "shape": "14b-480p", "dtype": "bf16", "provider": "fa3", "status": "ok", "tflops": 640.0,
-        **{f"{key}_ms": value for key, value in spread.items()}, "over_sdpa": 1.9,
+        "kind": "self", "direction": "forward", "shape": "14b-480p", "dtype": "bf16", "provider": "fa3",
+        "status": "ok", "tflops": 640.0, **{f"{key}_ms": value for key, value in spread.items()}, "over_sdpa": 1.9,
     }  # fmt: skip
     ratios = {"speedup": 1.7, "speedup_scalar": 1.2, "x_floor": 1.25, "peak_ratio": 0.6}
     sizes = {"blocks": 2, "shape": "1.3b-2k", "tokens": 2048, "frames": 4, "text_tokens": 512}
@@ -215,8 +217,9 @@ def test_every_table_without_and_with_results(tmp_path: Path) -> None:
     clip = {"run": "warm", "status": "ok", "stages_s": {"text": 0.1, "decode": 1.3}, "total_s": 12.0, "peak_gib": 60.0}
     passes = {"decode": {**ratios, "x_floor_packed": 1.3, "ms_per_frame": {"pusa": 123.4}}}
     tiled = {
-        "direction": "decode", "shape": "17x128x224", "dtype": "bf16", "provider": "pusa feather", "status": "ok", **{f"{k}_ms": v for k, v in spread.items()},
-        "ms_per_frame": 0.12, "peak_mib": 80.0, "predicted_mib": 84.0, "psnr_pusa_db": 31.4, "seam": 1.07,
+        "direction": "decode", "shape": "17x128x224", "dtype": "bf16", "provider": "pusa feather", "status": "ok",
+        **{f"{k}_ms": v for k, v in spread.items()}, "ms_per_frame": 0.12, "peak_mib": 80.0, "predicted_mib": 84.0,
+        "psnr_pusa_db": 31.4, "seam": 1.07,
     }  # fmt: skip
     large = {
         "direction": "decode",

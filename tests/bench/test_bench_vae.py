@@ -107,7 +107,10 @@ def test_the_arithmetic_of_81_frames(height: int, width: int, decode: int, encod
 
 @pytest.mark.parametrize("direction", models.DIRECTIONS)
 def test_the_floor_computes_every_convolution_once(vae: WanVAE, direction: str) -> None:
-    """Counted by torch from what the training path really does. Of two latent frames one would stand alone, which it computes with fewer taps."""
+    """Counted by torch from what the training path really does.
+
+    Three latent frames: of two, one would come alone, and is computed with fewer taps.
+    """
     clip = Clip(9, 16, 24)
     x = models.make_input(vae, direction, clip)
     with FlopCounterMode(display=False) as real:
@@ -182,7 +185,7 @@ def test_where_tiles_meet() -> None:
 
 
 def test_the_seam_metric_by_hand() -> None:
-    """An error that rises by 1 from pixel to pixel, and by 5 more across the border: 6 against 1 in one direction."""
+    """An error rises by 1 a pixel and by 5 more across the border: 6 against 1 in one direction."""
     columns = torch.arange(6.0)
     columns[4:] += 5
     error = columns.expand(1, 1, 2, 6)

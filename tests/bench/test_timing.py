@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import Tensor
@@ -41,17 +39,35 @@ def test_rounds_interleave_and_each_starts_with_another() -> None:
     assert called[::2] == ["reset"] * 12  # before each call, warm-up included
 
 
-def test_time_of_a_call_excludes_its_reset_and_the_flush() -> None:
-    other = timing.Run(lambda: time.sleep(0.002), lambda: time.sleep(0.02))
-    (values,) = timing.measure({"a": other}, CPU, budget=0.0, flush=lambda: time.sleep(0.02), min_rounds=3).values()
-    assert 0.002 <= sorted(values)[0] < 0.02
+class Clock:
+    """Time that only passes when somebody sleeps."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
-def test_the_budget_ends_the_rounds() -> None:
-    counted: dict[str, list[float]] = timing.measure(
-        {"a": timing.Run(lambda: time.sleep(0.01))}, CPU, budget=0.05, min_rounds=1, warmup=0
-    )
-    assert 2 <= len(counted["a"]) <= 5
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(timing, "time", made)
+    return made
+
+
+def test_time_of_a_call_excludes_its_reset_and_the_flush(clock: Clock) -> None:
+    other = timing.Run(lambda: clock.sleep(2), lambda: clock.sleep(20))
+    (values,) = timing.measure({"a": other}, CPU, budget=0.0, flush=lambda: clock.sleep(200), min_rounds=3).values()
+    assert values == [2.0] * 3
+
+
+def test_the_budget_ends_the_rounds(clock: Clock) -> None:
+    second = timing.Run(lambda: clock.sleep(1))
+    assert len(timing.measure({"a": second}, CPU, budget=5.0, min_rounds=1, warmup=0)["a"]) == 5
+    assert len(timing.measure({"a": second}, CPU, budget=0.0, min_rounds=2, warmup=0)["a"]) == 2
     assert len(timing.measure({"a": timing.Run(lambda: None)}, CPU, budget=9.0, max_rounds=4)["a"]) == 4
 
 

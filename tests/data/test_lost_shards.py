@@ -1,4 +1,4 @@
-"""Shards that cannot be read: their clips are made again, and those of shards that are only away are not."""
+"""Shards that cannot be read: their clips are made again, unless the shards are only away."""
 
 from __future__ import annotations
 

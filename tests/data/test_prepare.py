@@ -59,7 +59,8 @@ def test_latents_and_text_of_real_films(
         fitted = video.fit(wanted, (bucket.width, bucket.height), "pad")
         made_from = found.clips[i].details["latents"]
         assert found.clips[i].details == {
-            "latents": made_from, "file": hashlib.sha256(real_file(name).read_bytes()).hexdigest(), "start": start, "frames": bucket.frames, "fps": None, "fit": "pad",
+            "latents": made_from, "file": hashlib.sha256(real_file(name).read_bytes()).hexdigest(), "start": start,
+            "frames": bucket.frames, "fps": None, "fit": "pad",
         }  # fmt: skip
         assert torch.equal(found.latents(i), vae.encode(to_video(fitted, torch.device("cpu")))[0])
         assert torch.equal(found.text(i), text.encode(["a red circle moves right"])[0])

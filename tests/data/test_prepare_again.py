@@ -1,4 +1,4 @@
-"""Preparing into a folder again: what the last list names is there, and nothing is encoded twice."""
+"""Preparing into a folder again: it holds what the last list names; nothing is encoded twice."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def test_the_folder_is_what_the_last_list_names(here: Path, monkeypatch: pytest.
     first, whole = trained_on("out"), LatentStore("out").fingerprint
     result = run("two.csv", "--out", "out", "--bucket", SMALL[0], "--shard-clips", "4")
     assert result.stderr.splitlines() == [
-        "note: 2 clips of earlier lists or settings stay in out unused: prepare those again with --add to train on both",
+        "note: 2 clips of earlier lists or settings stay in out unused: prepare those again with --add "
+        "to train on both",
         "5 clips in out (1 new): 5 of 32x32x5",
     ]
     assert trained_on("out") == [("0.mp4", "a blue square"), *first[1:5]]

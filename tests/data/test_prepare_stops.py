@@ -51,7 +51,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(here: Path, start: Ca
 
 @pytest.mark.parametrize("whole_files", range(10))
 def test_stopped_between_any_two_files(here: Path, monkeypatch: pytest.MonkeyPatch, whole_files: int) -> None:
-    """The error stands for a full disk: it reaches the command line as one line, and complete shards stay."""
+    """A full disk: its error reaches the command line as one line, and complete shards stay."""
     write_csv(here / "l.csv", *(f"films/a.mp4,caption {i}" for i in range(4)))
     written: list[str] = []
 

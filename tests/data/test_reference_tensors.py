@@ -23,7 +23,8 @@ def save_tensors(path: Path, **changes: Any) -> dict[str, Any]:
     context = torch.zeros(1, 512, 64)
     context[0, :7] = torch.randn(7, 64, generator=generator)
     content = {
-        "latents": torch.randn(16, 2, 4, 6, generator=generator).bfloat16(), "prompt_emb": {"context": context}, "image_emb": {}, **changes,
+        "latents": torch.randn(16, 2, 4, 6, generator=generator).bfloat16(), "prompt_emb": {"context": context},
+        "image_emb": {}, **changes,
     }  # fmt: skip
     torch.save(content, path)
     return content

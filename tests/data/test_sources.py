@@ -78,7 +78,9 @@ def test_a_caption_that_is_null_is_empty(here: Path) -> None:
 BAD_LISTS: dict[str, tuple[str, bytes, list[str]]] = {
     "no columns": ("l.csv", b"", ["l.csv line 1", "no column file_name", "no column text", "among none"]),
     "other columns": ("l.csv", b"file,text\na.mp4,x\n", ["line 1", "no column file_name", "file, text"]),
-    "comma in a text": ("l.csv", b"file_name,text\na.mp4,x\nb.mp4,big, red\n", ["line 3", "3 values for 2 columns", "'b.mp4'", "quotes"]),
+    "comma in a text": (
+        "l.csv", b"file_name,text\na.mp4,x\nb.mp4,big, red\n", ["line 3", "3 values for 2 columns", "'b.mp4'", "quotes"]
+    ),
     "too few values": ("l.csv", b"file_name,text\na.mp4\n", ["line 2", "1 values for 2 columns"]),
     "quote that stays open": ("l.csv", b'file_name,text\na.mp4,"x\n', ["line 2", "quotes"]),
     "not UTF-8": ("l.csv", b"file_name,text\na.mp4,x\nb.mp4,caf\xe9\n", ["l.csv line 3", "0xe9", "UTF-8"]),

@@ -75,7 +75,7 @@ def test_render_shapes(frames: int, size: int) -> None:
     ("direction", "axis", "sign"), [("right", 1, 1), ("left", 1, -1), ("down", 0, 1), ("up", 0, -1)]
 )
 def test_words_mean_what_a_person_reads(direction: str, axis: int, sign: int) -> None:
-    """Rows count downwards and columns to the right; the brightest pixels are the shape's on black."""
+    """Rows count downwards, columns to the right; the brightest pixels are the shape's on black."""
     scene = sprites.Scene("square", "yellow", "small", direction, "slowly", "black", 32.0, 32.0)
     first, last = (
         frame.float().sum(-1).gt(300).nonzero().float().mean(0) for frame in sprites.render([scene])[0, [0, -1]]

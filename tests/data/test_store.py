@@ -1,4 +1,4 @@
-"""Sharded latents: what is written is read, a killed writer goes on to the same bytes, damage is named."""
+"""Sharded latents: reading what was written, a killed writer that goes on, damage that is named."""
 
 from __future__ import annotations
 

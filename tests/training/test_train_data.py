@@ -1,4 +1,4 @@
-"""What a step sees is a function of the store, the seed and the step alone, however many processes share it."""
+"""What a step sees is a function of store, seed and step, however many processes share it."""
 
 from __future__ import annotations
 
@@ -240,8 +240,8 @@ def test_windows_of_a_held_out_file_are_not_trained_on(tmp_path: Path) -> None:
 
 def test_the_reference_s_tensors_of_a_held_out_film_are_not_trained_on(tmp_path: Path) -> None:
     identities: list[dict[str, str]] = [
-        {"file": "a"}, {"tensors": "ta"}, {"tensors": "tb2"}, {"tensors": "tb2", "file": "b"}, {"tensors": "tb", "file": "b"}, {},
-        {"file": "ta"}, {"tensors": "tc"}, {"tensors": "tc"},
+        {"file": "a"}, {"tensors": "ta"}, {"tensors": "tb2"}, {"tensors": "tb2", "file": "b"},
+        {"tensors": "tb", "file": "b"}, {}, {"file": "ta"}, {"tensors": "tc"}, {"tensors": "tc"},
     ]  # fmt: skip
     with StoreWriter(tmp_path, {"vae": "", "text": "", "channels": 16, "text_dim": 64, "text_len": 6}) as writer:
         for i, details in enumerate([*identities, {"tensors": "tb"}, {"tensors": "ta"}]):
@@ -249,7 +249,8 @@ def test_the_reference_s_tensors_of_a_held_out_film_are_not_trained_on(tmp_path:
                 str(i), make_input(16, 2, 4, 4, seed=i), make_input(2, 64), source="x", caption="x", details=details
             )
     store = LatentStore(tmp_path)
-    # The last is ta; the one before tb, which clip 4 says is of film b, of which clip 3 says that tb2 is, too.
+    # The last is ta; the one before tb, which clip 4 says is of film b, of which clip 3 says that
+    # tb2 is, too.
     assert training_clips(store, 1) == [0, 2, 3, 4, 5, 6, 7, 8, 9]
     assert training_clips(store, 2) == [0, 5, 6, 7, 8]
     assert training_clips(store, 3) == [0, 5, 6]

@@ -1,4 +1,4 @@
-"""A trained LoRA as other tools read it: every style gives the trained model, in ours and in diffusers'."""
+"""A trained LoRA as other tools read it: every style gives the trained model, in diffusers too."""
 
 from __future__ import annotations
 
@@ -99,9 +99,10 @@ def in_diffusers(path: Path) -> Any:
 
     config = load_dit(path, device="meta").config
     theirs = diffusers.WanTransformer3DModel(
-        patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.dim // config.num_heads,
-        in_channels=16, out_channels=16, text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=config.eps, rope_max_seq_len=64,
+        patch_size=config.patch_size, num_attention_heads=config.num_heads,
+        attention_head_dim=config.dim // config.num_heads, in_channels=16, out_channels=16, text_dim=config.text_dim,
+        freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", eps=config.eps, rope_max_seq_len=64,
     ).eval()  # fmt: skip
     theirs.load_state_dict({keymap.dit_to_diffusers(name): t.float() for name, t in load_file(path).items()})
     return theirs

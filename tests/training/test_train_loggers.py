@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases get every row of a run; stand-ins for both packages record what they are told."""
+"""TensorBoard and Weights & Biases get every row of a run; stand-ins record what they are told."""
 
 from __future__ import annotations
 

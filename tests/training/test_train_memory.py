@@ -143,7 +143,8 @@ def test_offload_is_one_block_ahead(dit: WanDiT, monkeypatch: pytest.MonkeyPatch
         assert order.index(("fetch", block)) > order.index(("use", block + 1)), "more than a block is on its way"
 
 
-# What is kept, at the width of the 14B models, where a second tensor of a residual's size would be hundreds of megabytes.
+# What is kept, at the width of the 14B models, where a second tensor of a residual's size would
+# be hundreds of megabytes.
 
 WIDE = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=1)
 
@@ -158,7 +159,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
 
 
 def _block(mode: str) -> tuple[Counter[tuple[int, ...]], int]:
-    """Shapes kept for the backward pass of one block on meta tensors, by hooks and by the selective checkpoint's cache."""
+    """Shapes that a block keeps for its backward pass: by hooks, and in the checkpoint's cache."""
     with torch.device("meta"):
         dit = WanDiT(WIDE).to(torch.bfloat16)
     add_lora(dit, rank=8)
@@ -198,7 +199,8 @@ def test_a_block_keeps_one_residual_and_attention(monkeypatch: pytest.MonkeyPatc
     shapes, L = _block("attention")
     D, heads = WIDE.dim, (1, L, WIDE.num_heads, WIDE.dim // WIDE.num_heads)
     per_token = {shape: count for shape, count in shapes.items() if torch.Size(shape).numel() >= L * WIDE.num_heads}
-    # Its input, and twice (over the video, over the text) attention's result with its log-sum-exp; the context is every block's own.
+    # Its input, and twice (over the video, over the text) attention's result with its log-sum-
+    # exp; the context is every block's own.
     assert per_token == {(1, L, D): 1, heads: 2, (1, WIDE.num_heads, L): 2, (1, 512, D): 1}
     plain, _ = _block("none")
     assert sum(torch.Size(s).numel() * n for s, n in plain.items()) > 4 * sum(

@@ -1,4 +1,4 @@
-"""Two processes against one: replicas and shards compute the same steps, and leave checkpoints that any number go on from."""
+"""Two processes against one: the same steps, and checkpoints that any number go on from."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ran(tiny: Any, start: Start, folder: Path) -> Path:
-    """A folder with every run of `RUNS` and `BEGUN` trained by two processes, once for all tests."""
+    """A folder with every run of `RUNS` and `BEGUN`, trained once by two processes."""
     if not (folder / "said").exists():
         for name, changes in RUNS.items():
             config = tiny.config(**PLAIN).model_dump(mode="json") | {"out": str(folder / name)}
@@ -109,7 +109,8 @@ def test_two_processes_compute_what_one_does(ran: Path, tmp_path: Path, name: st
     a, b = weights(tmp_path / "one"), weights(two)
     assert a.keys() == b.keys() and {t.dtype for t in b.values()} == {torch.float32}
     if not low:
-        # Adam divides by the gradient's size: where that is next to nothing, rounding decides, hence the norm of all.
+        # Adam divides by the gradient's size: where that is next to nothing, rounding decides,
+        # hence the norm of all.
         flat = [torch.cat([t.flatten() for _, t in sorted(table.items())]) for table in (b, a)]
         assert relative_error(*flat) < 2e-3
     assert {"best.json", "step-000004"} <= {

@@ -138,7 +138,7 @@ def test_what_processes_and_offload_change() -> None:
 
 
 def test_flops_against_the_table_of_the_performance_notes() -> None:
-    """480p, one forward: 1.678 PFLOP in blocks, of which keys and values of the text are left out there."""
+    """480p, one forward: 1.678 PFLOP in blocks, without the keys and values of the text."""
     config = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
     latents = (1, 16, 21, 60, 104)
     text_kv = 40 * 4.0 * 512 * 5120**2

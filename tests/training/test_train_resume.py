@@ -1,4 +1,4 @@
-"""Runs that are killed, as programs: the same command again ends where an undisturbed run does, to the byte."""
+"""Programs that are killed: the same command again ends with an undisturbed run's bytes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ STEPS = 24
 def config(tiny: Any) -> Any:
     """Slow enough to be hit: many steps, a checkpoint every three."""
     return tiny.config(
-        "cut", steps=STEPS, checkpoints={"every": 3, "keep": 2}, optim={"schedule": "cosine", "warmup_steps": 5, "ema_decay": 0.9},
-        data={"caption_dropout": 0.2},
+        "cut", steps=STEPS, checkpoints={"every": 3, "keep": 2},
+        optim={"schedule": "cosine", "warmup_steps": 5, "ema_decay": 0.9}, data={"caption_dropout": 0.2},
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The trainer in one process: what a step computes against plain formulas, and what it says about it."""
+"""The trainer in one process: what a step computes, against plain formulas, and what it logs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def test_loss_is_the_formula_of_the_reference(tiny: Any) -> None:
     made = begin(tiny.config(objective={"shift": 5.0}))
     batch = first_batch(made)
     loss, errors, sigma = made.loss(batch)
-    # The shifted grid, its bell, and mean squared error times the mean weight of the clip's frames (spec 5.2).
+    # The shifted grid, its bell, and mean squared error times the mean weight of the clip's
+    # frames (spec 5.2).
     s = torch.linspace(1, 0, 1001, dtype=torch.float64)[:-1]
     t = 1000 * 5 * s / (1 + 4 * s)
     bell = torch.exp(-2 * ((t - 500) / 1000) ** 2)

@@ -32,7 +32,7 @@ from pusa_fast.config import MODELS, VAEConfig
 from pusa_fast.weights import checkpoint, keymap, load_dit, load_text_encoder_state, load_vae
 from pusa_fast.weights.files import file_hash
 
-# --- every published layout -------------------------------------------------------------------------------------------
+# --- every published layout -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_packed_layout_loads(state: dict[str, Tensor]) -> None:
     assert_holds(load_dit(packed, TINY), state)
 
 
-# --- every container --------------------------------------------------------------------------------------------------
+# --- every container ------------------------------------------------------------------------------
 
 
 CONTAINERS = [
@@ -106,7 +106,7 @@ def test_golden_weights_load(golden: Golden, golden_meta: dict[str, Any], tmp_pa
     assert_holds(load_vae(tmp_path, config), weights)
 
 
-# --- dtype, device, ownership -----------------------------------------------------------------------------------------
+# --- dtype, device, ownership ---------------------------------------------------------------------
 
 
 def test_dtype_none_keeps_what_is_stored(state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_file_onto_meta_reads_no_values(state: dict[str, Tensor], tmp_path: Path
     assert all(p.is_meta for p in load_dit(single(tmp_path, state), TINY, device="meta").parameters())
 
 
-# --- text encoder, saving ---------------------------------------------------------------------------------------------
+# --- text encoder, saving -------------------------------------------------------------------------
 
 
 def test_text_encoder_layouts(tmp_path: Path, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""Renaming tables against the manifests of the published files and against diffusers' own classes."""
+"""Renaming tables against the manifests of published files and against diffusers' own classes."""
 
 from __future__ import annotations
 
