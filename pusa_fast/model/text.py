@@ -1,4 +1,4 @@
-"""Prompts -> context rows for the transformer: prompt cleaning and a UMT5 encoder through transformers.
+"""Prompts -> context rows for the transformer: cleaning, and a UMT5 encoder from transformers.
 
 Shapes: B prompts, L = text_len rows, D width of the encoder.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import re
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,19 +20,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+# Tokenizers keep the last call's padding and truncation as state, so threads must take turns with them.
+_LOCK = threading.Lock()
+
 
 def clean_prompt(prompt: str) -> str:
-    """Mend broken unicode, undo HTML escapes (twice), strip, one space for any white space (reference: `whitespace_clean`)."""
+    """Mend broken unicode, undo HTML escapes twice, make all white space one space, and strip.
+
+    Reference: `whitespace_clean`.
+    """
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
 class TextEncoder:
-    """Encodes prompts one by one and remembers the last `cache_size` of them.
+    """Encodes prompts one by one and remembers the last `cache_size` of them. Threads may share it.
 
-    `model`: a UMT5EncoderModel (anything called with `input_ids`, `attention_mask` [1,L] that answers `last_hidden_state` [1,L,D]);
-    `tokenizer`: a transformers tokenizer; `text_len`: rows given to the transformer, which attends to all of them.
+    `model`: a UMT5EncoderModel, or anything that takes `input_ids`, `attention_mask` [1,L] and
+    returns `last_hidden_state` [1,L,D]; `tokenizer`: a transformers tokenizer; `text_len`: rows
+    given to the transformer, which attends to all of them.
     """
 
     def __init__(self, model: Any, tokenizer: Any, text_len: int = 512, cache_size: int = 64) -> None:
@@ -41,10 +49,11 @@ class TextEncoder:
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """[B, text_len, D] in the encoder's dtype and on its device; rows past a prompt's last token are zero.
+        """[B, text_len, D] in the encoder's dtype and on its device, zero after the last token.
 
-        Prompts never share a forward pass: what one gives does not depend on its neighbours, to the last bit. A prompt
-        of more than `text_len` tokens is cut there, with a warning that says how many were dropped.
+        Prompts never share a forward pass, so a prompt's rows do not depend on the others, to the
+        last bit. A prompt of more than `text_len` tokens is cut there, with a warning that says how
+        many were dropped.
         """
         if isinstance(prompts, str):
             raise ValueError("encode takes a list of prompts; got one string: wrap it in a list")
@@ -52,35 +61,32 @@ class TextEncoder:
         return torch.stack([torch.cat([r, r.new_zeros(self.text_len - r.shape[0], r.shape[1])]) for r in rows])
 
     def count_tokens(self, prompt: str) -> int:
-        """Tokens of the cleaned prompt, its end mark among them; those past `text_len` are dropped."""
-        return len(self.tokenizer(clean_prompt(prompt), add_special_tokens=True, verbose=False)["input_ids"])
+        """Tokens of the cleaned prompt with its end mark; those past `text_len` are dropped."""
+        with _LOCK:
+            return len(self.tokenizer(clean_prompt(prompt), add_special_tokens=True, verbose=False)["input_ids"])
 
     def _rows(self, prompt: str) -> Tensor:
-        """The encoder's output [tokens of the prompt, D], from the cache where it was made before."""
-        rows = self._cache.pop(prompt, None)
+        """The encoder's output [tokens of the prompt, D], from the cache if it is there."""
+        with _LOCK:
+            rows = self._cache.get(prompt)
         if rows is None:
             rows = self._forward(prompt)
-        self._cache[prompt] = rows
-        while len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
+        with _LOCK:
+            self._cache[prompt] = rows
+            self._cache.move_to_end(prompt)
+            while len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
         return rows
 
     @torch.no_grad()
     def _forward(self, prompt: str) -> Tensor:
-        total = len(self.tokenizer(prompt, add_special_tokens=True, verbose=False)["input_ids"])
+        cut = {"padding": "max_length", "truncation": True, "max_length": self.text_len, "return_tensors": "pt"}
+        with _LOCK:
+            total = len(self.tokenizer(prompt, add_special_tokens=True, verbose=False)["input_ids"])
+            tokens = self.tokenizer(prompt, add_special_tokens=True, **cut)
         if total > self.text_len:
-            warnings.warn(
-                f"the prompt has {total} tokens, the model reads {self.text_len}: the last {total - self.text_len} are dropped",
-                stacklevel=4,
-            )
-        tokens = self.tokenizer(
-            prompt,
-            add_special_tokens=True,
-            padding="max_length",
-            truncation=True,
-            max_length=self.text_len,
-            return_tensors="pt",
-        )
+            dropped = f"the last {total - self.text_len} are dropped"
+            warnings.warn(f"the prompt has {total} tokens, the model reads {self.text_len}: {dropped}", stacklevel=4)
         device = next(self.model.parameters()).device
         mask = tokens["attention_mask"].to(device)
         hidden: Tensor = self.model(input_ids=tokens["input_ids"].to(device), attention_mask=mask).last_hidden_state
@@ -95,18 +101,18 @@ class TextEncoder:
         dtype: torch.dtype | None = None,
         text_len: int = 512,
     ) -> TextEncoder:
-        """Load an encoder (config.json, safetensors) and a tokenizer that transformers saved. `dtype` None: as stored.
+        """Load an encoder (config.json, safetensors) and a tokenizer that transformers saved.
 
-        Nothing is downloaded. Raises ValueError where either is missing, damaged or incomplete.
+        `dtype` None: as stored. Nothing is downloaded. Raises ValueError if either is missing,
+        damaged or incomplete.
         """
         from transformers import UMT5Config
 
         folder = Path(encoder)
         files = sorted(folder.glob("*.safetensors"))
         if not files or not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{folder} holds no text encoder: it needs config.json and model.safetensors, or shards of it"
-            )
+            need = "it needs config.json and model.safetensors, or shards of it"
+            raise ValueError(f"{folder} holds no text encoder: {need}")
         with _loading("text encoder", folder):
             config = UMT5Config.from_pretrained(str(folder), local_files_only=True)
             state = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -122,16 +128,15 @@ class TextEncoder:
         text_len: int = 512,
         config: Any = None,
     ) -> TextEncoder:
-        """Build the encoder from tensors under transformers' names. `config`: a UMT5Config; None: read from the shapes.
+        """Build the encoder from tensors under transformers' names.
 
-        Raises ValueError where a tensor is missing, left over or of another shape.
+        `config`: a UMT5Config; None: read from the shapes. Raises ValueError for a tensor that is
+        missing, left over or of another shape.
         """
         from transformers import UMT5EncoderModel
 
         words = load_tokenizer(tokenizer)
-        ready = {
-            name: tensor.to(device, dtype) for name, tensor in state.items() if name != "encoder.embed_tokens.weight"
-        }
+        ready = {n: tensor.to(device, dtype) for n, tensor in state.items() if n != "encoder.embed_tokens.weight"}
         if "shared.weight" in ready:  # the table of words has two names and stays one tensor
             ready["encoder.embed_tokens.weight"] = ready["shared.weight"]
         with torch.device("meta"):
@@ -147,7 +152,7 @@ class TextEncoder:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer in a directory; ValueError where transformers finds none there. Nothing is downloaded."""
+    """The tokenizer in a directory; ValueError if there is none. Nothing is downloaded."""
     from transformers import AutoTokenizer
 
     if not Path(path).is_dir():
@@ -158,7 +163,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 @contextmanager
 def _loading(what: str, path: str | Path) -> Iterator[None]:
-    """Errors of transformers and safetensors, which span lines, in one line that names the path."""
+    """Put errors of transformers and safetensors, which span lines, in one line with the path."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
@@ -167,7 +172,10 @@ def _loading(what: str, path: str | Path) -> Iterator[None]:
 
 
 def umt5_config(state: Mapping[str, Tensor]) -> Any:
-    """UMT5Config whose encoder has exactly these tensors (transformers' names); ValueError where they are not a UMT5 encoder."""
+    """UMT5Config whose encoder has exactly these tensors, under transformers' names.
+
+    Raises ValueError if they are not a UMT5 encoder.
+    """
     from transformers import UMT5Config
 
     attention, dense = (f"encoder.block.0.layer.{i}." for i in (0, 1))
