@@ -31,11 +31,11 @@ from pusa_fast.model.rope import RopeCache
 
 Grid = tuple[int, int, int]
 Rope = tuple[Tensor, Tensor]
-Cross = tuple[Tensor, Tensor] | Tensor  # keys and values [B, T, H, K], or the context [B, T, D] they are made from
+Cross = tuple[Tensor, Tensor] | Tensor  # keys and values [B, T, H, K], or their context [B, T, D]
 
 
-# Up to this many distinct timesteps, a state keeps the sums of modulation rows for every block: 4.9 MB
-# per timestep at 14B. Beyond it, `denoise` adds them at each step.
+# Up to this many distinct timesteps, a state keeps the sums of modulation rows for every block: 4.9
+# MB per timestep at 14B. Beyond it, `denoise` adds them at each step.
 KEPT_LEVELS = 64
 
 
@@ -108,18 +108,17 @@ class CrossAttention(nn.Module):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer does nothing but its product: no adapter, no hook, no forward put in by others."""
+    """Whether a layer does its matmul and nothing else: no adapter, no hook, no patched forward."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return type(layer) is Linear and not hooks and "forward" not in layer.__dict__
 
 
 class FeedForward(nn.Sequential):
-    """Linear, tanh GELU, linear: `nn.Sequential`'s parameter names, with the activation fused where it can be."""
+    """Linear, tanh GELU, linear, with `nn.Sequential`'s names; the GELU is fused if it can be."""
 
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__(
-            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
-        )
+        D, hidden = config.dim, config.ffn_dim
+        super().__init__(Linear(D, hidden), nn.GELU(approximate="tanh"), Linear(hidden, D))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         up, _, down = self
@@ -195,15 +194,16 @@ class Head(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """Predicts the velocity noise - x0 of latents whose frames may each be at their own noise level.
+    """Predicts the velocity noise - x0 of latents whose frames may have different noise levels.
 
-    Parameters carry official Wan names, but for two packed ones: `blocks.i.self_attn.qkv` (rows q, k, v) and
-    `blocks.i.cross_attn.kv` (rows k, v). A new model is initialised as official Wan is.
+    Parameters have official Wan names, except two packed ones: `blocks.i.self_attn.qkv` (rows q, k,
+    v) and `blocks.i.cross_attn.kv` (rows k, v). A new model is initialised as official Wan is.
 
-    Attributes: `config`; `attention_backend`, a name of `pusa_fast.attention`; `precision`, "fp8" where the products are
-    quantised (`model.fp8`), else None; `weights_version`, which whoever changes weights in place increments, so that states
-    prepared before are refused; `closed_blocks`, set where a block's weights are there only while it runs (FSDP): nothing made
-    of them is then made before it or used after it, as is the rule under autograd.
+    Attributes: `config`; `attention_backend`, a name of `pusa_fast.attention`; `precision`, "fp8"
+    if matmuls are quantised (`model.fp8`), else None; `weights_version`, incremented by whoever
+    changes weights in place, so that states prepared before are refused; `closed_blocks`, set if a
+    block's weights exist only while it runs (FSDP): then, as always under autograd, nothing is
+    computed from them before the block or used after it.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -237,9 +237,10 @@ class WanDiT(nn.Module):
         return self.patch_embedding.weight.device
 
     def forward(self, x_BCFhw: Tensor, timestep: Tensor, context_BTE: Tensor) -> Tensor:
-        """Velocity, shape and dtype of x. timestep: scalar, [B] or [B, F], in [0, 1000], never truncated.
+        """Velocity, in shape and dtype of x.
 
-        x [B, C, F, h, w] with h and w multiples of the patch; context [B, T, text_dim]. Raises ValueError otherwise.
+        x [B, C, F, h, w] with h and w multiples of the patch; timestep a scalar, [B] or [B, F] in
+        [0, 1000], never truncated; context [B, T, text_dim]. Raises ValueError otherwise.
         """
         self._grid(x_BCFhw)
         B, F = x_BCFhw.shape[0], x_BCFhw.shape[2]
@@ -277,8 +278,8 @@ class WanDiT(nn.Module):
         """
         if state.weights_version != self.weights_version:
             raise RuntimeError(
-                f"this state was prepared with version {state.weights_version} of the weights, which are now at version "
-                f"{self.weights_version} (a LoRA changed): call prepare again"
+                f"this state was prepared with version {state.weights_version} of the weights, which are now at "
+                f"version {self.weights_version} (a LoRA changed): call prepare again"
             )
         grid = self._grid(x_BCFhw)
         S, B, F = state.rows_SBF.shape
@@ -315,24 +316,24 @@ class WanDiT(nn.Module):
         return F, height // ph, width // pw
 
     def _patchify(self, x_BCFhw: Tensor) -> Tensor:
-        """The patch convolution as a product: its stride is its kernel, so each patch is read once."""
+        """The patch convolution as a matmul: its stride is its kernel size."""
         _, ph, pw = self.config.patch_size
         patches = torch.unflatten(torch.unflatten(x_BCFhw, 4, (-1, pw)), 3, (-1, ph))  # B C F h ph w pw
         patches_BLE = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
         return nnf.linear(patches_BLE, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def _unpatchify(self, out_BLE: Tensor, grid: Grid) -> Tensor:
-        """Undo patches whose channels stand in the order (ph, pw, c), unlike those of the input (spec 1.3.10)."""
+        """Undo patches, whose channels come as (ph, pw, c), unlike the input's (spec 1.3.10)."""
         _, ph, pw = self.config.patch_size
         out = torch.unflatten(torch.unflatten(out_BLE, 2, (ph, pw, -1)), 1, grid)  # B F h w ph pw C
         return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
     def _time_tables(self, timesteps_SBF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """t_emb [R, D] and t_mod [R, 6, D] in float32 or better, and the row of each frame [S, B, F].
+        """t_emb [R, D] and t_mod [R, 6, D] in float32 or better; the row of each frame [S, B, F].
 
-        Inference computes each distinct timestep once and alone: a product of several rows rounds by how many there are,
-        an activation by where in its vector loop an element stands, and a frame's result must not depend on its neighbours.
-        Where autograd records, one product takes all rows.
+        Inference computes each distinct timestep once and alone: a matmul rounds differently with
+        the number of rows, an activation with an element's place in the vector loop, and a frame's
+        result must not depend on the other frames. Under autograd one matmul takes all rows.
         """
         recording = torch.is_grad_enabled()
         if recording:
@@ -359,8 +360,8 @@ class WanDiT(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Official Wan's initialisation; each projection of a packed weight counts as one matrix of its own."""
-        if self.device.type == "meta":  # a loader fills it; random draws on meta import a compiler
+        """Official Wan's initialisation; a packed weight counts as several matrices."""
+        if self.device.type == "meta":  # a loader fills it; random numbers on meta import a compiler
             return
         D = self.config.dim
         for name, module in self.named_modules():
@@ -378,7 +379,10 @@ class WanDiT(nn.Module):
 
 
 def sinusoid(timestep_R: Tensor, dim: int) -> Tensor:
-    """[R] -> [R, dim] float64: cosines, then sines, of timestep * 10000^(-2i / dim). No factor of 1000 inside."""
+    """[R] -> [R, dim] float64: cosines, then sines, of timestep * 10000^(-2i / dim).
+
+    Without a factor of 1000.
+    """
     exponents = torch.arange(dim // 2, dtype=torch.float64, device=timestep_R.device) / (dim // 2)
     angles = torch.outer(timestep_R.to(torch.float64), 10_000.0**-exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=1)

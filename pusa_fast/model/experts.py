@@ -18,7 +18,7 @@ from pusa_fast.model.dit import WanDiT
 
 
 class ExpertState(NamedTuple):
-    """`switch`: first step of the low-noise expert. States of each expert for its own steps; None for no steps."""
+    """`switch`: the first step of `low`. `high`, `low`: states for their own steps, or None."""
 
     switch: int
     high: Any
@@ -42,7 +42,7 @@ class ExpertPair(nn.Module):
             if first != second:
                 raise ValueError(
                     f"the two experts must have the same {name}: high has {first}, low has {second}; "
-                    "load both transformers of one model onto one device, in one dtype"
+                    "load both transformers of one model, onto one device and in one dtype"
                 )
         self.high, self.low, self.boundary = high, low, boundary
 
@@ -65,7 +65,7 @@ class ExpertPair(nn.Module):
     def prepare(self, timesteps: Tensor, contexts_BTE: Tensor, global_sigmas: Tensor | None = None) -> ExpertState:
         """Each expert's `WanDiT.prepare` for its own steps of timesteps [S, F] or [S, B, F].
 
-        `global_sigmas` [S] or [S+1]: the global level of each step; None: its largest timestep / 1000.
+        `global_sigmas` [S] or [S+1]: the global level of each step (None: largest timestep / 1000).
         """
         levels = timesteps.flatten(1).amax(1) / 1000 if global_sigmas is None else global_sigmas[: timesteps.shape[0]]
         switch = int((levels >= self.boundary).sum())

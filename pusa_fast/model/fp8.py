@@ -1,4 +1,4 @@
-"""The transformer's large matmuls on e4m3 rows: half the weight memory, about twice the rate, lossy.
+"""The transformer's large matmuls on e4m3 rows: half the weight memory, twice the rate, lossy.
 
 Six projections of a block (self-attention's packed qkv and o, cross-attention's q and o, the two of
 the feed-forward) hold their weights as e4m3 with one scale per output row and multiply activations
@@ -73,7 +73,7 @@ class FP8FeedForward(nn.Sequential):
 
 
 def check_precision(precision: str | None, device: torch.device, dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype to load in. Raises ValueError for a precision unknown or not available on `device`."""
+    """The dtype to load in. Raises ValueError for a precision that `device` does not have."""
     if precision is None:
         return dtype
     if precision != "fp8":
@@ -127,7 +127,8 @@ def _check(dit: WanDiT, emulate: bool) -> None:
         raise ValueError(f"{adapted} projections have unmerged adapters: merge them before quantising")
     if getattr(dit.__dict__.get("_lora_stack"), "layers", None):
         raise ValueError(
-            "a LoRA on this model keeps its base, which quantised weights cannot go back to: apply it with keep_base=False"
+            "a LoRA on this model keeps its base, which quantised weights cannot go back to: "
+            "apply it with keep_base=False"
         )
 
 

@@ -1,7 +1,8 @@
-"""The transformer's projections by their official names, and unmerged LoRA adapters on them for training.
+"""The transformer's projections by official name, and unmerged LoRA adapters for training.
 
-Packed weights hold several official projections; an adapter acts on the rows of one. Low-rank update (spec section 4):
-y[rows] += scale * (x A^T) B^T with A [r, in], B [out, r], scale = alpha / r.
+Packed weights hold several official projections; an adapter acts on the rows of one. Low-rank
+update (spec section 4): y[rows] += scale * (x A^T) B^T with A [r, in], B [out, r], scale = alpha /
+r.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from pusa_fast import ops
 from pusa_fast.model.dit import WanDiT
 
-# Official name in a block -> (module that holds it, which of that module's equal shares of rows: (index, shares)).
+# Official name in a block -> (module, its share of that module's rows as (index, equal shares)).
 _BLOCK_LAYERS = {
     "self_attn.q": ("self_attn.qkv", (0, 3)),
     "self_attn.k": ("self_attn.qkv", (1, 3)),
@@ -33,8 +34,8 @@ _EMBEDDINGS = ("text_embedding.0", "text_embedding.2", "time_embedding.0", "time
 
 LORA_TARGETS = tuple(_BLOCK_LAYERS)  # what Pusa trains (spec 4.1)
 
-
-# How A starts (B at zero): an untrained adapter changes nothing. As PEFT's `init_lora_weights`, of which Pusa takes the first.
+# How A starts; B is zero, so an untrained adapter changes nothing. As PEFT's `init_lora_weights`;
+# Pusa uses the first.
 LORA_INITS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "kaiming": lambda A: nn.init.kaiming_uniform_(A, a=math.sqrt(5)),
     "gaussian": lambda A: nn.init.normal_(A, std=1 / len(A)),
@@ -42,7 +43,7 @@ LORA_INITS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class LoRAAdapter(nn.Module):
-    """A low-rank update of `rows` of a linear layer's output: float32 matrices, which its `AdaptedLinear` multiplies with."""
+    """Float32 matrices of a low-rank update of `rows` of a linear layer's output."""
 
     def __init__(self, base: nn.Linear, rows: slice, rank: int, alpha: float, init: str) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class LoRAAdapter(nn.Module):
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer with LoRA adapters; `weight` and `bias` are the base layer's own parameters, under the same names."""
+    """A linear layer with LoRA adapters; `weight` and `bias` are the base layer's parameters."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
@@ -74,11 +75,13 @@ class AdaptedLinear(nn.Linear):
 
 
 class _LowRankUpdates(torch.autograd.Function):
-    """y = x W^T + b ; y[rows_i] += scale_i * (x A_i^T) B_i^T. x [..., I]; matrices A_1 [r_1, I], B_1 [rows_1, r_1], A_2 ...
+    """y = x W^T + b ; y[rows_i] += scale_i * (x A_i^T) B_i^T.
 
-    In float32, where tokens outnumber inputs, the updates are added to the weight, which is less work for the same result. A
-    bf16 weight would round them away, so there the second products add to y. The first products of all adapters are one; composed
-    from torch's operators, each adapter would copy the packed gradient once more.
+    x [..., I]; matrices A_1 [r_1, I], B_1 [rows_1, r_1], A_2 ... In float32, if there are more
+    tokens than inputs, the updates are added to the weight, which is less work for the same result.
+    A bf16 weight would round them away, so there the B matmuls add to y. The A matmuls of all
+    adapters are one. Composed from torch's operators, each adapter would copy the packed gradient
+    once more.
     """
 
     @staticmethod
@@ -134,16 +137,16 @@ class _LowRankUpdates(torch.autograd.Function):
 
 
 def _cast(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """All A in one [sum of ranks, I], and the B, in the dtype of the products."""
+    """All A in one [sum of ranks, I], and the B, in the dtype of the matmuls."""
     As = [A.to(dtype) for A in matrices[::2]]
     return As[0] if len(As) == 1 else torch.cat(As), [B.to(dtype) for B in matrices[1::2]]
 
 
 def projections(dit: WanDiT) -> dict[str, tuple[nn.Linear, slice]]:
-    """Every official projection name -> (the module that holds it, its rows of that module's weight and bias).
+    """Official projection name -> (module, its rows of that module's weight and bias).
 
-    `<name>.weight` of an official checkpoint is `module.weight[rows]`. The patch embedding, a convolution, is not one.
-    Raises ValueError for a quantised model.
+    `<name>.weight` of an official checkpoint is `module.weight[rows]`. The patch embedding, a
+    convolution, is not included. Raises ValueError for a quantised model.
     """
     return {name: _locate(dit, path, share) for name, (path, share) in _layer_paths(len(dit.blocks)).items()}
 
@@ -161,8 +164,8 @@ def _locate(dit: WanDiT, path: str, share: tuple[int, int]) -> tuple[nn.Linear, 
     module = dit.get_submodule(path)
     if not isinstance(module, nn.Linear):
         raise ValueError(
-            f"{path} is quantised ({dit.precision}), its exact weight is gone: put LoRAs on first (load without precision, "
-            "apply_lora(..., keep_base=False)), then call pusa_fast.model.fp8.quantize"
+            f"{path} is quantised ({dit.precision}), its exact weight is gone: put LoRAs on first (load without "
+            "precision, apply_lora(..., keep_base=False)), then call pusa_fast.model.fp8.quantize"
         )
     index, shares = share
     size = module.out_features // shares
@@ -172,11 +175,13 @@ def _locate(dit: WanDiT, path: str, share: tuple[int, int]) -> tuple[nn.Linear, 
 def add_lora(
     dit: WanDiT, rank: int, alpha: float | None = None, targets: Sequence[str] = LORA_TARGETS, init: str = "kaiming"
 ) -> list[nn.Parameter]:
-    """Freeze the base and attach trainable adapters (float32, scale alpha / rank; alpha None: 1). Returns their parameters.
+    """Freeze the base, attach trainable float32 adapters, and return their parameters.
 
-    `targets` are official projection names or their endings ("q" takes every `.q`). `init`: of A, a name of `LORA_INITS`;
-    drawn from torch's global generator. Raises ValueError for an unknown one, a rank below 1, a target that matches nothing (the time embedding counts as nothing: it does not run through its layers' forward),
-    and for a model that has adapters already.
+    Scale is alpha / rank, 1 if alpha is None. `targets` are official projection names or their
+    endings ("q" takes every `.q`). `init` of A is a name of `LORA_INITS`, drawn from torch's global
+    generator. Raises ValueError for an unknown one, a rank below 1, a target that matches nothing
+    (the time embedding cannot be one: it does not run through its layers' forward), and for a model
+    that is quantised or already has adapters.
     """
     if rank < 1:
         raise ValueError(f"LoRA rank must be at least 1, got {rank}")
@@ -208,10 +213,11 @@ def add_lora(
 
 
 def lora_state_dict(dit: WanDiT) -> dict[str, Tensor]:
-    """The adapters under the released key names: `blocks.N.self_attn.q.lora_A.default.weight` and so on.
+    """The adapters under the released key names, as `blocks.N.self_attn.q.lora_A.default.weight`.
 
-    Tensors are detached and share the adapters' memory. The format holds no scale: where alpha is not the rank, apply the
-    file at strength alpha / rank. Raises ValueError for a model without adapters.
+    Tensors are detached and share the adapters' memory. The format holds no scale: if alpha is not
+    the rank, apply the file at strength alpha / rank. Raises ValueError for a model without
+    adapters.
     """
     found = {
         f"{name}.{matrix}.default.weight": getattr(adapter, matrix).detach()
@@ -228,7 +234,7 @@ def _matches(name: str, target: str) -> bool:
 
 
 def adapters(dit: WanDiT) -> Iterator[tuple[str, LoRAAdapter]]:
-    """Official projection name and adapter, in the order of the layers."""
+    """Official projection names and adapters, in the order of the layers."""
     for module in dit.modules():
         if isinstance(module, AdaptedLinear):
             for key, adapter in module.adapters.items():

@@ -1,4 +1,4 @@
-"""Prompts -> context rows for the transformer: prompt cleaning and a UMT5 encoder through transformers.
+"""Prompts -> context rows for the transformer: cleaning, and a UMT5 encoder from transformers.
 
 Shapes: B prompts, L = text_len rows, D width of the encoder.
 """
@@ -20,19 +20,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+# Tokenizers keep padding and truncation as state: prompts are cut and padded here, one thread at a time.
+_LOCK = threading.Lock()
+
 
 def clean_prompt(prompt: str) -> str:
-    """Mend broken unicode, undo HTML escapes (twice), strip, one space for any white space (reference: `whitespace_clean`)."""
+    """Mend broken unicode, undo HTML escapes twice, make all white space one space, and strip.
+
+    Reference: `whitespace_clean`.
+    """
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
 class TextEncoder:
-    """Encodes prompts one by one and remembers the last `cache_size` of them. Threads may share one.
+    """Encodes prompts one by one and remembers the last `cache_size` of them. Threads may share it.
 
-    `model`: a UMT5EncoderModel (anything called with `input_ids`, `attention_mask` [1,L] that answers `last_hidden_state` [1,L,D]);
-    `tokenizer`: a transformers tokenizer; `text_len`: rows given to the transformer, which attends to all of them.
+    `model`: a UMT5EncoderModel, or anything that takes `input_ids`, `attention_mask` [1,L] and
+    returns `last_hidden_state` [1,L,D]; `tokenizer`: a transformers tokenizer; `text_len`: rows
+    given to the transformer, which attends to all of them.
     """
 
     def __init__(self, model: Any, tokenizer: Any, text_len: int = 512, cache_size: int = 64) -> None:
@@ -40,13 +47,13 @@ class TextEncoder:
             raise ValueError(f"text_len must be at least 1 and cache_size at least 0; got {text_len} and {cache_size}")
         self.model, self.tokenizer, self.text_len, self.cache_size = model.eval(), tokenizer, text_len, cache_size
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
-        self._lock = threading.Lock()
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """[B, text_len, D] in the encoder's dtype and on its device; rows past a prompt's last token are zero.
+        """[B, text_len, D] in the encoder's dtype and on its device, zero after the last token.
 
-        Prompts never share a forward pass: what one gives does not depend on its neighbours, to the last bit. A prompt
-        of more than `text_len` tokens is cut there, with a warning that says how many were dropped.
+        Prompts never share a forward pass, so a prompt's rows do not depend on the others, to the
+        last bit. A prompt of more than `text_len` tokens is cut there, with a warning that says how
+        many were dropped.
         """
         if isinstance(prompts, str):
             raise ValueError("encode takes a list of prompts; got one string: wrap it in a list")
@@ -54,25 +61,25 @@ class TextEncoder:
         return torch.stack([torch.cat([r, r.new_zeros(self.text_len - r.shape[0], r.shape[1])]) for r in rows])
 
     def count_tokens(self, prompt: str) -> int:
-        """Tokens of the cleaned prompt, its end mark among them; those past `text_len` are dropped."""
-        with self._lock:
-            return len(self._ids(clean_prompt(prompt)))
+        """Tokens of the cleaned prompt with its end mark; those past `text_len` are dropped."""
+        return len(self._ids(clean_prompt(prompt)))
+
+    def _ids(self, prompt: str) -> list[int]:
+        with _LOCK:
+            return list(self.tokenizer(prompt, add_special_tokens=True, verbose=False)["input_ids"])
 
     def _rows(self, prompt: str) -> Tensor:
-        """The encoder's output [tokens of the prompt, D], from the cache where it was made before."""
-        # A fast tokenizer keeps settings between calls, and the cache is shared: one thread at a time.
-        with self._lock:
-            rows = self._cache.pop(prompt, None)
-            if rows is None:
-                rows = self._forward(prompt)
+        """The encoder's output [tokens of the prompt, D], from the cache if it is there."""
+        with _LOCK:
+            rows = self._cache.get(prompt)
+        if rows is None:
+            rows = self._forward(prompt)
+        with _LOCK:
             self._cache[prompt] = rows
+            self._cache.move_to_end(prompt)
             while len(self._cache) > self.cache_size:
                 self._cache.popitem(last=False)
         return rows
-
-    def _ids(self, prompt: str) -> list[int]:
-        """Token ids with the end mark. Never cut or padded here: tokenizers hold both as state."""
-        return list(self.tokenizer(prompt, add_special_tokens=True, verbose=False)["input_ids"])
 
     @torch.no_grad()
     def _forward(self, prompt: str) -> Tensor:
@@ -84,8 +91,7 @@ class TextEncoder:
             )
             marks = self.tokenizer.num_special_tokens_to_add(pair=False)  # at the end, as T5 has them; they stay
             ids = ids[: self.text_len - marks] + ids[len(ids) - marks :]
-        padding = self.text_len - len(ids)
-        device = next(self.model.parameters()).device
+        padding, device = self.text_len - len(ids), next(self.model.parameters()).device
         tokens = torch.tensor([ids + [self.tokenizer.pad_token_id] * padding], device=device)
         mask = torch.tensor([[1] * len(ids) + [0] * padding], device=device)
         hidden: Tensor = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
@@ -100,18 +106,18 @@ class TextEncoder:
         dtype: torch.dtype | None = None,
         text_len: int = 512,
     ) -> TextEncoder:
-        """Load an encoder (config.json, safetensors) and a tokenizer that transformers saved. `dtype` None: as stored.
+        """Load an encoder (config.json, safetensors) and a tokenizer that transformers saved.
 
-        Nothing is downloaded. Raises ValueError where either is missing, damaged or incomplete.
+        `dtype` None: as stored. Nothing is downloaded. Raises ValueError if either is missing,
+        damaged or incomplete.
         """
         from transformers import UMT5Config
 
         folder = Path(encoder)
         files = sorted(folder.glob("*.safetensors"))
         if not files or not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{folder} holds no text encoder: it needs config.json and model.safetensors, or shards of it"
-            )
+            need = "it needs config.json and model.safetensors, or shards of it"
+            raise ValueError(f"{folder} holds no text encoder: {need}")
         with _loading("text encoder", folder):
             config = UMT5Config.from_pretrained(str(folder), local_files_only=True)
             state = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -127,16 +133,15 @@ class TextEncoder:
         text_len: int = 512,
         config: Any = None,
     ) -> TextEncoder:
-        """Build the encoder from tensors under transformers' names. `config`: a UMT5Config; None: read from the shapes.
+        """Build the encoder from tensors under transformers' names.
 
-        Raises ValueError where a tensor is missing, left over or of another shape.
+        `config`: a UMT5Config; None: read from the shapes. Raises ValueError for a tensor that is
+        missing, left over or of another shape.
         """
         from transformers import UMT5EncoderModel
 
         words = load_tokenizer(tokenizer)
-        ready = {
-            name: tensor.to(device, dtype) for name, tensor in state.items() if name != "encoder.embed_tokens.weight"
-        }
+        ready = {n: tensor.to(device, dtype) for n, tensor in state.items() if n != "encoder.embed_tokens.weight"}
         if "shared.weight" in ready:  # the table of words has two names and stays one tensor
             ready["encoder.embed_tokens.weight"] = ready["shared.weight"]
         with torch.device("meta"):
@@ -152,7 +157,7 @@ class TextEncoder:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer in a directory; ValueError where transformers finds none there. Nothing is downloaded."""
+    """The tokenizer in a directory; ValueError if there is none. Nothing is downloaded."""
     from transformers import AutoTokenizer
 
     if not Path(path).is_dir():
@@ -163,7 +168,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 @contextmanager
 def _loading(what: str, path: str | Path) -> Iterator[None]:
-    """Errors of transformers and safetensors, which span lines, in one line that names the path."""
+    """Put errors of transformers and safetensors, which span lines, in one line with the path."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
@@ -172,7 +177,10 @@ def _loading(what: str, path: str | Path) -> Iterator[None]:
 
 
 def umt5_config(state: Mapping[str, Tensor]) -> Any:
-    """UMT5Config whose encoder has exactly these tensors (transformers' names); ValueError where they are not a UMT5 encoder."""
+    """UMT5Config whose encoder has exactly these tensors, under transformers' names.
+
+    Raises ValueError if they are not a UMT5 encoder.
+    """
     from transformers import UMT5Config
 
     attention, dense = (f"encoder.block.0.layer.{i}." for i in (0, 1))

@@ -1,6 +1,7 @@
 """The sampling loop: Euler steps over a schedule matrix, with guidance.
 
-Shapes: B batch, C channels, F latent frames, h/w latent size, L context length, D text width, S steps.
+Shapes: B batch, C channels, F latent frames, h/w latent size, L context length, D text width, S
+steps.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from pusa_fast import ops
 from pusa_fast._lazy import lazy_names
 from pusa_fast.sampling.schedule import Schedule
 
-# Below this many tokens a clip, one forward of both halves of guidance is faster than two; above, it only costs memory.
+# Below this many tokens per clip, one forward for both halves of guidance is faster than two;
+# above, it only costs memory.
 BATCH_TOKENS = 4096
 
-# The pair of experts is a model, but was first published here. Loaded when asked for: nothing here
-# may import a model.
+# Published here first. Loaded when asked for: the sampler must not import models.
 __getattr__, __dir__ = lazy_names(__name__, {"ExpertPair": "pusa_fast.model.experts"})
 
 Callback = Callable[[int, int, Tensor], None]
@@ -27,7 +28,7 @@ Velocity = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 
 
 class Denoiser(Protocol):
-    """A velocity model: `prepare` computes what repeats over the steps, `denoise` is one forward."""
+    """A velocity model: `prepare` computes what all steps share, `denoise` is one forward."""
 
     @property
     def config(self) -> Any:
@@ -45,9 +46,10 @@ class Denoiser(Protocol):
         """The networks behind it by name: one, or the experts that take turns."""
 
     def prepare(self, timesteps: Tensor, contexts: Tensor, global_sigmas: Tensor | None = None) -> Any:
-        """State for timesteps [S,F] or [S,B,F] (float32, 0 to 1000, on the CPU) and contexts [B,L,D].
+        """State for timesteps [S,F] or [S,B,F] and contexts [B,L,D].
 
-        `global_sigmas` [S+1]: the schedule that the timesteps were lifted from (None: unknown).
+        Timesteps are float32, 0 to 1000, on the CPU. `global_sigmas` [S+1]: the schedule they were
+        lifted from (None: unknown).
         """
 
     def denoise(self, x: Tensor, step: int, state: Any) -> Tensor:
@@ -55,7 +57,10 @@ class Denoiser(Protocol):
 
 
 def guidance_mode(guidance: float, tokens: int, context: Tensor, negative: Tensor | None) -> str:
-    """ "off", "batch" (one forward of both halves) or "two-pass": a function of settings and shapes, never of free memory."""
+    """How guidance runs: "off", "batch" (one forward for both halves) or "two-pass".
+
+    A function of settings and shapes, never of free memory.
+    """
     if guidance == 1 or negative is None:
         return "off"
     return "batch" if tokens < BATCH_TOKENS and context.shape == negative.shape else "two-pass"
@@ -103,8 +108,9 @@ def sample(
 ) -> Tensor:
     """Run latents [B,C,F,h,w] through the schedule; float32, on their own device.
 
-    `context`, `negative` [B,L,D]; `mode`: one of `MODES`, as `guidance_mode` gives it (None: two passes where guidance has an effect).
-    `callback(done, steps, latents)` runs after each step; what it raises ends the run. Nothing in a step waits for the device.
+    `context`, `negative` [B,L,D]; `mode`: one of `MODES`, as `guidance_mode` gives it (None: two
+    passes if guidance has an effect). `callback(done, steps, latents)` runs after each step; an
+    exception from it ends the run. Nothing in a step waits for the device.
     """
     if mode is None:
         mode = "off" if guidance == 1 or negative is None else "two-pass"

@@ -1,4 +1,4 @@
-"""Checkpoints -> models: find the configuration, translate names, fill a module built without memory.
+"""Checkpoints -> models: find the configuration, translate names, fill a module.
 
 The module is built on the meta device and stored tensors are put in place one at a time, so nothing
 is held twice. Files kept in their own dtype on the CPU stay mapped; only packed projections are
@@ -26,22 +26,22 @@ from pusa_fast.weights import files, keymap
 from pusa_fast.weights.files import Source, StateSource, Stored, listing
 
 C = TypeVar("C", DiTConfig, VAEConfig)
+M = TypeVar("M", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Family(Generic[C]):
+class Family(Generic[C, M]):
     """What distinguishes the loading of one kind of model from another."""
 
     what: str
     places: files.Places
     config: type[C]
-    build: Callable[[C], nn.Module]
+    build: Callable[[C], M]
     layout: Callable[[Iterable[str]], str | None]
     to_official: Callable[[Iterable[str]], dict[str, str]]
-    # Configuration fields as others write them -> ours. A mapping with all of `marks` is of this kind.
-    aliases: Mapping[str, str]
-    marks: frozenset[str]
+    aliases: Mapping[str, str]  # configuration fields as others write them -> ours
+    marks: frozenset[str]  # fields that only this kind's configuration has
     fingerprint: Callable[[C], Shapes]  # shapes by which a published model is recognised
 
 
@@ -53,7 +53,8 @@ DIT = Family(
     "a Wan transformer", files.DIT, DiTConfig, WanDiT, keymap.dit_layout, _dit_to_official,
     {"num_attention_heads": "num_heads", "in_dim": "in_channels", "out_dim": "out_channels"},
     frozenset({"num_heads", "num_layers", "ffn_dim"}),
-    lambda c: {"patch_embedding.weight": (c.dim, c.in_channels, *c.patch_size), "blocks.0.ffn.0.weight": (c.ffn_dim, c.dim)},
+    lambda c: {"patch_embedding.weight": (c.dim, c.in_channels, *c.patch_size),
+               "blocks.0.ffn.0.weight": (c.ffn_dim, c.dim)},
 )  # fmt: skip
 VAE = Family(
     "a Wan VAE", files.VAE, VAEConfig, WanVAE, keymap.vae_layout, keymap.vae_names_to_official,
@@ -86,7 +87,7 @@ def load_dit(
     cannot run on `device`.
     """
     dtype = check_precision(precision, torch.device(device), dtype)
-    dit = _load(DIT, WanDiT, path, config, device, dtype)
+    dit = _load(DIT, path, config, device, dtype)
     return dit if precision is None else quantize(dit)
 
 
@@ -97,13 +98,13 @@ def load_vae(
     dtype: torch.dtype | None = None,
 ) -> WanVAE:
     """A Wan2.1 VAE, official (.pth or safetensors) or diffusers layout. Otherwise as `load_dit`."""
-    return _load(VAE, WanVAE, path, config, device, dtype)
+    return _load(VAE, path, config, device, dtype)
 
 
 def load_text_encoder_state(
     path: StateSource, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """State dict of transformers' UMT5EncoderModel, from the original release or transformers' files.
+    """State dict of transformers' UMT5EncoderModel, from its files or the original release.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged, quantised or not a UMT5
     encoder.
@@ -123,23 +124,15 @@ def load_text_encoder_state(
     return state
 
 
-def read_config(family: Family[C], where: StateSource) -> C:
-    """The configuration that `load_dit` and `load_vae` would use, from the headers of the files alone. Raises as they do."""
+def read_config(family: Family[C, M], where: StateSource) -> C:
+    """The configuration that `load_dit` and `load_vae` would use, from headers alone. Raises as they do."""
     found = files.open_source(where, family.places)
     _refuse_other_kinds(family, found)
     return _resolve_config(family, found, _by_official_name(family, found))
 
 
-M = TypeVar("M", bound=nn.Module)
-
-
 def _load(
-    family: Family[C],
-    model: type[M],
-    where: StateSource,
-    config: C | None,
-    device: str | torch.device,
-    dtype: torch.dtype | None,
+    family: Family[C, M], where: StateSource, config: C | None, device: str | torch.device, dtype: torch.dtype | None
 ) -> M:
     found = files.open_source(where, family.places)
     _refuse_other_kinds(family, found)
@@ -148,16 +141,15 @@ def _load(
     resolved = config or _resolve_config(family, found, stored)
     with torch.device("meta"):
         module = family.build(resolved)
-    assert isinstance(module, model)
     _fill(module, stored, found, device, dtype)
     return module.eval()
 
 
-def _resolve_config(family: Family[C], found: Source, stored: dict[str, Stored]) -> C:
+def _resolve_config(family: Family[C, M], found: Source, stored: dict[str, Stored]) -> C:
     return _config_of(family, found) or _published(family, stored, found.label)
 
 
-def _by_official_name(family: Family[C], found: Source) -> dict[str, Stored]:
+def _by_official_name(family: Family[C, M], found: Source) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     for name, official in family.to_official(found.tensors).items():
         if official in stored:
@@ -166,7 +158,7 @@ def _by_official_name(family: Family[C], found: Source) -> dict[str, Stored]:
     return stored
 
 
-def _refuse_other_kinds(family: Family[C], found: Source) -> None:
+def _refuse_other_kinds(family: Family[C, M], found: Source) -> None:
     names = list(found.tensors)
     if any(re.search(r"[._]lora[._]|\.lora_[AB]$", n) for n in names):
         raise ValueError(f"{found.label} is a LoRA, not {family.what}: load the base model and use apply_lora")
@@ -197,27 +189,20 @@ def _refuse_quantised(found: Source, dtype: torch.dtype | None) -> None:
         )
 
 
-def _config_of(family: Family[C], found: Source) -> C | None:
-    """The configuration in the file's metadata or in config.json beside it; None where neither describes this kind."""
+def _config_of(family: Family[C, M], found: Source) -> C | None:
+    """The configuration in the file's metadata or a config.json next to it, if of this kind."""
     beside = found.folder / "config.json" if found.folder else None
     texts = {
         f"the metadata of {found.label}": found.metadata.get("config"),
         str(beside): beside.read_text() if beside and beside.is_file() else None,
     }
-    configs = (_parse(family, _json(text, where), where) for where, text in texts.items() if text is not None)
+    given = ((files.parse_json(text, where), where) for where, text in texts.items() if text is not None)
+    configs = (_parse(family, raw, where) for raw, where in given)
     return next((config for config in configs if config is not None), None)
 
 
-def _json(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: the model configuration is no JSON ({error})") from error
-    return value if isinstance(value, dict) else {}
-
-
-def _parse(family: Family[C], raw: Mapping[str, Any], where: str) -> C | None:
-    """Our, diffusers' or the Wan release's field names -> a config; None for the configuration of something else."""
+def _parse(family: Family[C, M], raw: Mapping[str, Any], where: str) -> C | None:
+    """Our, diffusers' or the Wan release's field names -> a config; None if of something else."""
     heads, width = raw.get("num_attention_heads"), raw.get("attention_head_dim")
     derived = {"dim": heads * width} if isinstance(heads, int) and isinstance(width, int) else {}
     values = {family.aliases.get(name, name): value for name, value in {**derived, **raw}.items()}
@@ -233,7 +218,7 @@ def _parse(family: Family[C], raw: Mapping[str, Any], where: str) -> C | None:
         raise ValueError(f"{where}: incomplete configuration of {family.what} ({error})") from error
 
 
-def _published(family: Family[C], stored: dict[str, Stored], label: str) -> C:
+def _published(family: Family[C, M], stored: dict[str, Stored], label: str) -> C:
     """The published model of these sizes. Tensors that it lacks or has too many are named later."""
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     for config in (config for config in MODELS.values() if isinstance(config, family.config)):
@@ -247,46 +232,45 @@ def _depth(names: Iterable[str]) -> int:
     return 1 + max((int(n.split(".")[1]) for n in names if n.startswith("blocks.")), default=-1)
 
 
-def _advice(family: Family[C], shapes: Shapes) -> str:
+def _advice(family: Family[C, M], shapes: Shapes) -> str:
     """What to pass; the number of heads is the one thing that shapes do not tell."""
     names = ("patch_embedding", "blocks.0.ffn.0", "text_embedding.0", "time_embedding.0", "head.head")
     patch, ffn, text, time, head = (shapes.get(f"{name}.weight", ()) for name in names)
     if family.config is VAEConfig or not (len(patch) == 5 and ffn and text and time and head):
         return f"pass config={family.config.__name__}(...)"
     return (
-        f"pass config=DiTConfig(dim={patch[0]}, ffn_dim={ffn[0]}, num_heads=?, num_layers={_depth(shapes)}, in_channels={patch[1]}, "
-        f"out_channels={head[0] // (patch[3] * patch[4])}, text_dim={text[1]}, freq_dim={time[1]}) with its num_heads"
+        f"pass config=DiTConfig(dim={patch[0]}, ffn_dim={ffn[0]}, num_heads=?, num_layers={_depth(shapes)}, "
+        f"in_channels={patch[1]}, out_channels={head[0] // (patch[3] * patch[4])}, text_dim={text[1]}, "
+        f"freq_dim={time[1]}) with its num_heads"
     )
 
 
 def _fill(
     module: nn.Module, stored: dict[str, Stored], found: Source, device: str | torch.device, dtype: torch.dtype | None
 ) -> None:
-    """Put every stored tensor in its place; names all that is unknown, missing or misshapen before reading any."""
-    used: set[str] = set()
-    plan: dict[str, list[Stored]] = {}
-    missing, misshapen = [], []
-    for name, parameter in module.named_parameters():
-        parts = (name,) if name in stored else keymap.packed_parts(name)
-        used.update(parts)
-        missing += [part for part in parts if part not in stored]
-        plan[name] = [stored[part] for part in parts if part in stored]
-        need = (parameter.shape[0] // len(parts), *parameter.shape[1:])
-        misshapen += [
-            f"{part} {list(stored[part].shape)}, not {list(need)}"
-            for part in parts
-            if part in stored and stored[part].shape != need
-        ]
-    unknown = sorted(stored.keys() - used)
-    problems = {"unknown": unknown, "missing": missing, "wrong shape": misshapen}
+    """Put every stored tensor in its place.
+
+    Raises ValueError, before reading any, that names all unknown, missing and misshapen ones.
+    """
+    parameters = dict(module.named_parameters())
+    plan = {name: (name,) if name in stored else keymap.packed_parts(name) for name in parameters}
+    needed: Shapes = {}  # of every official tensor
+    for name, parts in plan.items():
+        needed |= dict.fromkeys(parts, (parameters[name].shape[0] // len(parts), *parameters[name].shape[1:]))
+    there = {name: stored[name].shape for name in needed if name in stored}
+    problems = {
+        "unknown": sorted(stored.keys() - needed.keys()),
+        "missing": [name for name in needed if name not in stored],
+        "wrong shape": [f"{n} {list(got)}, not {list(needed[n])}" for n, got in there.items() if got != needed[n]],
+    }
     if any(problems.values()):
         told = "; ".join(f"{len(names)} {kind}: {listing(names)}" for kind, names in problems.items() if names)
-        shard = " (one shard of several: give its directory)" if missing and "-of-" in found.label else ""
+        shard = " (one shard of several: give its directory)" if problems["missing"] and "-of-" in found.label else ""
         raise ValueError(f"{found.label} does not fit the model{shard}: {told}")
     assert not list(module.buffers()), "a buffer built on the meta device would have no values"
-    for name, parts_stored in plan.items():
+    for name, parts in plan.items():
         owner, _, leaf = name.rpartition(".")
-        tensor = _placed(parts_stored, found, device, dtype)
+        tensor = _placed([stored[part] for part in parts], found, device, dtype)
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor))
 
 
@@ -316,10 +300,10 @@ def save(
     config: DiTConfig | VAEConfig | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file whose metadata holds the configuration that `load_dit`, `load_vae` need.
+    """Write a safetensors file whose metadata holds the configuration for `load_dit`, `load_vae`.
 
-    `keymap.unpack(model.state_dict())` has official names. The file appears under its name only when
-    complete. Raises FileNotFoundError if its directory does not exist.
+    `keymap.unpack(model.state_dict())` has official names. The file appears under its name only
+    when complete. Raises FileNotFoundError if its directory does not exist.
     """
     own = {"config": json.dumps(dataclasses.asdict(config))} if config else {}
     files.save(path, tensors, own | dict(metadata or {}))

@@ -1,5 +1,4 @@
-"""Checkpoint files as tables of tensors that are read one at a time: finding the files, opening
-them, saving.
+"""Checkpoint files as tables of tensors that are read one at a time: find, open, save.
 
 safetensors and .pth files are mapped, so a tensor costs memory only once it is used, and then only
 once.
@@ -44,9 +43,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Source:
-    """The tensors of a checkpoint. `folder` is where a config.json would lie; `shared`: a caller's
-    own tensors.
-    """
+    """The tensors of a checkpoint. `folder`: where a config.json may be; `shared`: caller's own."""
 
     label: str
     tensors: dict[str, Stored]
@@ -57,9 +54,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Places:
-    """Where a directory keeps one part of a model: file patterns and sub-directories ('name/'), the
-    first hit wins.
-    """
+    """File patterns and sub-directories ('name/') of one part of a model; the first hit wins."""
 
     what: str
     entries: tuple[str, ...]
@@ -74,10 +69,13 @@ _GENERIC = tuple(
     )
     for tail in (f".{suffix}.index.json", f".{suffix}", f"-*-of-*.{suffix}")
 )
+_UMT5 = "models_t5_umt5-xxl-enc-*"
 DIT = Places("a Wan transformer", ("dit.safetensors", "transformer/", *_GENERIC))
 VAE = Places("a Wan VAE", ("vae.safetensors", "Wan2.1_VAE.safetensors", "Wan2.1_VAE.pth", "vae/", *_GENERIC))
-TEXT = Places("a UMT5 encoder", ("models_t5_umt5-xxl-enc-*.safetensors", "models_t5_umt5-xxl-enc-*.pth", "text_encoder/",
-                                 "umt5-xxl/", *_GENERIC, "pytorch_model.bin"))  # fmt: skip
+TEXT = Places(
+    "a UMT5 encoder",
+    (f"{_UMT5}.safetensors", f"{_UMT5}.pth", "text_encoder/", "umt5-xxl/", *_GENERIC, "pytorch_model.bin"),
+)
 
 
 def open_source(source: StateSource, places: Places) -> Source:
@@ -89,11 +87,12 @@ def open_source(source: StateSource, places: Places) -> Source:
     """
     if isinstance(source, Mapping):
         return Source("the state dict", _from_mapping(source, "the state dict"), shared=True)
-    single = isinstance(source, (str, os.PathLike))
-    paths = [Path(source)] if isinstance(source, (str, os.PathLike)) else [Path(p) for p in source]
-    if not paths:
+    if isinstance(source, (str, os.PathLike)):
+        label, files = str(source), _find(Path(source), places)
+    elif source:
+        label, files = str(source[0]), [Path(path) for path in source]
+    else:
         raise ValueError(f"no path given for {places.what}: name a file, its shards or a directory")
-    files = _find(paths[0], places) if single else paths
     tensors: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
     for file in files:
@@ -105,13 +104,11 @@ def open_source(source: StateSource, places: Places) -> Source:
         metadata = about | metadata
     if not tensors:
         raise ValueError(f"{files[0]} holds no tensors")
-    return Source(str(paths[0]), tensors, metadata, folder=files[0].parent)
+    return Source(label, tensors, metadata, folder=files[0].parent)
 
 
 def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Tensors and metadata of one .safetensors, .pth, .pt, .bin or .ckpt file. Raises as
-    `open_source`.
-    """
+    """Tensors and metadata of one safetensors or pickle file. Raises as `open_source`."""
     if path.is_dir():
         raise ValueError(f"{path} is a directory: name the file in it")
     if not path.is_file():
@@ -217,6 +214,15 @@ def _from_mapping(state: object, label: str) -> dict[str, Stored]:
     return {n: Stored(tuple(t.shape), t.dtype, t.detach) for n, t in state.items()}
 
 
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """A JSON object; other valid JSON counts as empty. Raises ValueError naming `where`."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON ({error})") from error
+    return value if isinstance(value, dict) else {}
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
@@ -229,8 +235,7 @@ def _pointer(path: Path) -> str:
 def save(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, under a temporary name that replaces `path` only once it is
-    complete.
+    """Write tensors as safetensors, under a temporary name that replaces `path` when complete.
 
     Raises FileNotFoundError when the directory is not there, and the disk's own OSError where it is
     full.
@@ -254,8 +259,7 @@ def save(
 
 
 def fingerprint(path: str | os.PathLike[str], places: Places) -> str:
-    """Names the weights of a model at `path` without reading them whole: sizes, first and last MiB
-    of their files.
+    """A name for the weights of a model at `path`, from sizes, first and last MiB of its files.
 
     Raises as `open_source`.
     """

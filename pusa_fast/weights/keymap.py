@@ -1,8 +1,8 @@
 """Names of the same weights in every file layout, as tables, and their rows in packed tensors.
 
 "Official" names are those of the Wan release: every other layout is translated to them. The model
-itself holds `self_attn.{q,k,v}` as one `self_attn.qkv` and `cross_attn.{k,v}` as one `cross_attn.kv`
-(`PACKED`). Sources: Wan2.1 wan/modules/{model,vae,t5}.py; diffusers
+itself holds `self_attn.{q,k,v}` as one `self_attn.qkv` and `cross_attn.{k,v}` as one
+`cross_attn.kv` (`PACKED`). Sources: Wan2.1 wan/modules/{model,vae,t5}.py; diffusers
 scripts/convert_wan_to_diffusers.py.
 """
 
@@ -21,7 +21,8 @@ _PREFIX = re.compile(
     r"(?:(?:_forward_module|_orig_mod|module|pipe|dit|model|diffusion_model|base_model|transformer|first_stage_model|vae)\.)+"
 )
 
-# (official, diffusers); `{}` is the number of the block. Linear and norm modules of the transformer.
+# (official, diffusers); `{}` is the number of the block. Linear and norm modules of the
+# transformer.
 _ATTENTION = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q",) * 2, ("norm_k",) * 2)
 DIT_MODULES: tuple[tuple[str, str], ...] = (
     ("patch_embedding", "patch_embedding"),
@@ -66,7 +67,8 @@ _NUMBER = re.compile(r"(?<=^blocks\.)\d+(?=\.)")
 _DIT_OFFICIAL = {diffusers: official for official, diffusers in (*DIT_MODULES, *DIT_TABLES)}
 _DIT_DIFFUSERS = dict((*DIT_MODULES, *DIT_TABLES))
 
-# VAE: (official, diffusers) inside a residual block, and around the stages. `_vae_table` numbers the stages.
+# VAE: (official, diffusers) inside a residual block, and around the stages. `_vae_table` numbers
+# the stages.
 _RESIDUAL = (
     ("residual.0", "norm1"), ("residual.2", "conv1"), ("residual.3", "norm2"), ("residual.6", "conv2"),
     ("shortcut", "conv_shortcut"),
@@ -96,13 +98,13 @@ _UMT5 = {
 
 
 def strip_prefix(name: str) -> str:
-    """A weight's own name, without the wrappers in front of it: `module.pipe.dit.blocks.0...` -> `blocks.0...`."""
+    """A weight's own name without wrappers: `module.pipe.dit.blocks.0...` -> `blocks.0...`."""
     found = _PREFIX.match(name)
     return name[found.end() :] if found else name
 
 
 def _look_up(name: str, table: Mapping[str, str]) -> str:
-    """Translate a parameter, or the module it belongs to; a name the table lacks is returned as it is."""
+    """Translate a parameter, or the module it belongs to; a name not in the table stays."""
     if name in table:
         return table[name]
     stem, _, leaf = name.rpartition(".")
@@ -118,7 +120,7 @@ def _translate(name: str, table: Mapping[str, str]) -> str:
 
 
 def dit_to_official(name: str) -> str:
-    """Official name of a transformer parameter or module given in the official, diffusers or packed layout."""
+    """Official name of a transformer parameter or module of the official or diffusers layout."""
     return _translate(strip_prefix(name), _DIT_OFFICIAL)
 
 
@@ -138,7 +140,7 @@ def dit_layout(names: Iterable[str]) -> str | None:
 
 
 def vae_layout(names: Iterable[str]) -> str | None:
-    """'official' or 'diffusers' for the Wan2.1 VAE; 'wan2.2' for that of the 5B model; else None."""
+    """'official' or 'diffusers' for a Wan2.1 VAE; 'wan2.2' for that of the 5B model; else None."""
     return _layout(names, _VAE_MARKS)
 
 
@@ -190,12 +192,12 @@ def vae_to_diffusers(name: str, levels: int, num_res_blocks: int) -> str:
 
 
 def umt5_to_transformers(name: str) -> str:
-    """transformers' UMT5EncoderModel name of a parameter of the original release; its own pass unchanged."""
+    """transformers' name of a UMT5 encoder's parameter, given that or the original release's."""
     return _translate(strip_prefix(name), _UMT5)
 
 
 def packed_parts(name: str) -> tuple[str, ...]:
-    """Official names whose rows, in this order, make up one of our parameters: itself if not packed."""
+    """Official names whose rows, in this order, make up our parameter: its own if not packed."""
     for packed, parts in PACKED.items():
         before, found, leaf = name.partition(f".{packed}.")
         if found:
@@ -205,7 +207,7 @@ def packed_parts(name: str) -> tuple[str, ...]:
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], rename: Callable[[str], str] = str) -> dict[str, torch.Tensor]:
-    """Our state dict -> official names, as views; `rename` then translates, e.g. `dit_to_diffusers`."""
+    """Our state dict -> official names, as views; `rename` translates, e.g. `dit_to_diffusers`."""
     out: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         parts = packed_parts(name)

@@ -1,8 +1,8 @@
 """LoRAs on the weights of a transformer or of two experts, changeable and removable to the bit.
 
-A weight that LoRAs change is always recomputed as base + sum of strength_i * scale_i * (B_i A_i), in
-the order of application, in float32 and rounded once; adding and subtracting would not lead back to
-the base.
+A weight that LoRAs change is always recomputed as base + sum of strength_i * scale_i * (B_i A_i),
+in the order of application, in float32 and rounded once; adding and subtracting would not lead back
+to the base.
 """
 
 from __future__ import annotations
@@ -47,16 +47,17 @@ class _Layer:
 
 @dataclass
 class _Stack:
-    """A network's LoRAs in the order of application, and the base of every parameter they change."""
+    """A network's LoRAs in order of application, and the base of every parameter they change."""
 
     base: dict[str, Tensor] = field(default_factory=dict)
     layers: list[_Layer] = field(default_factory=list)
 
 
 class LoRAHandle:
-    """An applied LoRA. `targets`: official names of the parameters it changes; `unmatched`: keys left out.
+    """An applied LoRA.
 
-    On a pair of experts names start with "high." or "low.", and methods act on all that it changes.
+    `targets`: official names of the parameters it changes; `unmatched`: keys left out. On a pair of
+    experts they start with "high." or "low.", and methods act on all networks that it changes.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class LoRAHandle:
             _recompute(dit, layer.parts)
 
     def remove(self) -> None:
-        """Take this LoRA off; with the last one, base weights are restored bit for bit and their copy is freed.
+        """Take this LoRA off; the last one restores base weights to the bit and frees their copy.
 
         Calling it again does nothing. Raises RuntimeError with keep_base=False.
         """
@@ -117,8 +118,8 @@ def apply_lora(
 
     Raises what `read_lora` does, and ValueError, before any weight of any expert is touched, for
     updates that find no parameter (allow_unmatched=True leaves them out and lists them in
-    `handle.unmatched`), shapes that do not fit, a strength that is not finite, and a pair of experts
-    without the names of those that are meant.
+    `handle.unmatched`), shapes that do not fit, a strength that is not finite, and a pair of
+    experts without the names of those that are meant.
     """
     strength = _finite(strength)
     chosen = _by_network(dit, source, experts)
@@ -127,20 +128,10 @@ def apply_lora(
     targets, unmatched = [], []
     for name, file in chosen:
         network, (label, entries, unknown) = dit.networks[name], read[id(file)]
-        if len(dit.networks) > 1:
-            label = f"{label} (on expert {name})"
-        parts, homeless = _match(network, entries, label)
-        left = unknown + homeless
-        if left and (not allow_unmatched or not parts):
-            mend = "pass allow_unmatched=True to leave them out" if parts else "nothing of it fits"
-            raise ValueError(
-                f"{label}: {len(left)} updates have no place in this model: {listing(left)}"
-                f"{_depth_hint(network, homeless)}; {mend}"
-            )
-        _check_meta(network, parts, label)
-        prefix = f"{name}." if len(dit.networks) > 1 else ""
+        on, prefix = (f" (on expert {name})", f"{name}.") if len(dit.networks) > 1 else ("", "")
+        parts, left = _match(network, entries, unknown, label + on, allow_unmatched)
         layers.append((network, _Layer(parts, strength)))
-        targets += [prefix + official for official in entries if official not in homeless]
+        targets += [prefix + official for official in entries if official not in left]
         unmatched += [prefix + key for key in left]
     handle = LoRAHandle(layers, targets, unmatched, not keep_base)
     try:
@@ -154,7 +145,7 @@ def apply_lora(
 
 
 def resolve_experts(lora: Mapping[Any, Any], networks: Collection[str]) -> list[tuple[str | None, Path, float]]:
-    """(`experts` of `apply_lora`, file, strength) of every LoRA in `lora`, for a model of these networks.
+    """(`experts` of `apply_lora`, file, strength) of all LoRAs for a model of these networks.
 
     `lora` is {path: strength} for one network; for two experts {"high": {path: strength}, "low":
     {...}, "both": {...}}. Raises ValueError for the other form, an unknown expert, a file that does
@@ -162,9 +153,8 @@ def resolve_experts(lora: Mapping[Any, Any], networks: Collection[str]) -> list[
     """
     by_expert = {key: files for key, files in lora.items() if isinstance(files, Mapping)}
     if len(networks) == 1 and by_expert:
-        raise ValueError(
-            f"this model has no experts: give its LoRAs as {{path: strength}}, not by {listing(by_expert)}"
-        )
+        keys = listing(by_expert)
+        raise ValueError(f"this model has no experts: give its LoRAs as {{path: strength}}, not by {keys}")
     if len(networks) > 1 and len(by_expert) < len(lora):
         raise ValueError(f"LoRA {listing(str(key) for key in lora if key not in by_expert)}: {_FORMS}")
     found = []
@@ -209,7 +199,7 @@ def _check_expert(expert: object, networks: Collection[str]) -> None:
 
 @torch.no_grad()
 def _put_on(dit: WanDiT, layer: _Layer, keep_base: bool) -> None:
-    """Compute base + updates, or merge: into the base where one is kept, else into the weight itself."""
+    """Compute base + updates, or merge: into the base if one is kept, else into the weight."""
     stack = _stack_of(dit)
     if keep_base:
         stack.layers.append(layer)
@@ -223,8 +213,10 @@ def _put_on(dit: WanDiT, layer: _Layer, keep_base: bool) -> None:
     _recompute(dit, layer.parts)
 
 
-def _match(dit: WanDiT, entries: Mapping[str, LoRAEntry], label: str) -> tuple[_Parts, list[str]]:
-    """Updates by our parameter name, and those without a parameter. Raises ValueError for shapes that disagree."""
+def _match(
+    dit: WanDiT, entries: Mapping[str, LoRAEntry], unknown: list[str], label: str, allow_unmatched: bool
+) -> tuple[_Parts, list[str]]:
+    """Updates by our parameter name, and the keys left out. Raises ValueError as `apply_lora`."""
     modules = projections(dit)
     parameters = dict(dit.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -245,16 +237,24 @@ def _match(dit: WanDiT, entries: Mapping[str, LoRAEntry], label: str) -> tuple[_
     if misfits:
         widths = (e.A.shape[1] for n, e in entries.items() if n.endswith("attn.q.weight") and e.A is not None)
         width = next(widths, dit.config.dim)
-        hint = (
-            f"; this LoRA is for a model of dim {width}, yours is {dit.config.dim}" if width != dit.config.dim else ""
+        hint = f"; this LoRA is for a model of dim {width}, yours is {dit.config.dim}"
+        raise ValueError(
+            f"{label} does not fit this model: {listing(misfits)}{hint if width != dit.config.dim else ''}"
         )
-        raise ValueError(f"{label} does not fit this model: {listing(misfits)}{hint}")
-    return parts, homeless
+    left = unknown + homeless
+    if left and (not allow_unmatched or not parts):
+        mend = "pass allow_unmatched=True to leave them out" if parts else "nothing of it fits"
+        hint = _depth_hint(dit, homeless)
+        raise ValueError(f"{label}: {len(left)} updates have no place in this model: {listing(left)}{hint}; {mend}")
+    matrices = (m for updates in parts.values() for _, e in updates for m in (e.A, e.B, e.diff) if m is not None)
+    if any(m.is_meta for m in matrices) and not dit.device.type == "meta":
+        raise ValueError(f"{label} is on the meta device, without values: it can only go onto a model that is too")
+    return parts, left
 
 
 @torch.no_grad()
 def _recompute(dit: WanDiT, names: Iterable[str]) -> None:
-    """Parameters from their base and the LoRAs now on the model; a base that none needs any more is freed."""
+    """Parameters from their base and the LoRAs on the model; a base not needed is freed."""
     stack = _stack_of(dit)
     for name, parameter in _parameters(dit, names).items():
         if name not in stack.base:
@@ -267,17 +267,17 @@ def _recompute(dit: WanDiT, names: Iterable[str]) -> None:
 
 
 def _sum(base: Tensor, updates: list[tuple[tuple[slice, LoRAEntry], float]], like: Tensor) -> Tensor:
-    # Contiguous: the update is added through a flattened view, and of another layout `flatten` would make a copy.
-    total = base.to(like.device).to(
-        torch.promote_types(like.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format
-    )
+    # Contiguous: the update is added through a flattened view, of which another layout makes a
+    # copy.
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    total = base.to(like.device).to(dtype, copy=True, memory_format=torch.contiguous_format)
     for (rows, entry), strength in updates:
         entry.add_to(total[rows], strength)
     return total
 
 
 def _stack_of(dit: WanDiT) -> _Stack:
-    # In the instance's dictionary: a copy of the model takes it along, and a model that is dropped takes it away.
+    # In the instance's dictionary: a copy of the model has its own, and it goes with the model.
     stack = dit.__dict__.setdefault("_lora_stack", _Stack())
     assert isinstance(stack, _Stack)
     return stack
@@ -286,12 +286,6 @@ def _stack_of(dit: WanDiT) -> _Stack:
 def _parameters(dit: WanDiT, names: Iterable[str]) -> dict[str, nn.Parameter]:
     every = dict(dit.named_parameters())
     return {name: every[name] for name in names}
-
-
-def _check_meta(dit: WanDiT, parts: _Parts, label: str) -> None:
-    matrices = (m for updates in parts.values() for _, e in updates for m in (e.A, e.B, e.diff) if m is not None)
-    if any(m.is_meta for m in matrices) and not dit.patch_embedding.weight.is_meta:
-        raise ValueError(f"{label} is on the meta device, without values: it can only go onto a model that is too")
 
 
 def _finite(strength: float) -> float:

@@ -1,12 +1,12 @@
 """LoRA files of every key style (spec 4.3) -> updates by official parameter name.
 
-Scale is alpha / rank where the file, or an adapter_config.json beside it, states alpha; else 1. The released Pusa LoRA
-states none: its "lora_alpha" is the user's strength (spec 4.2), so strength 1.4 here is `--lora_alpha 1.4` there.
+Scale is alpha / rank if the file, or an adapter_config.json next to it, states alpha; else 1. The
+released Pusa LoRA states none: its "lora_alpha" is the user's strength (spec 4.2), so strength 1.4
+here is `--lora_alpha 1.4` there.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -21,15 +21,17 @@ from pusa_fast.weights.files import listing
 
 LoRASource = str | os.PathLike[str] | Mapping[str, Tensor]
 
-# Endings of a LoRA's keys after the module's name (spec 4.3) -> which part of the module's update they hold.
+# Endings of a LoRA's keys after the module's name (spec 4.3) -> the part of the update they hold.
 _SUFFIXES = tuple(
     (re.compile(rf"(?P<module>.+?)(?:{pattern})$"), part)
     for part, pattern in (
-        (
-            "A",
-            r"\.lora_(?:A|down)(?:\.[^.]+)?\.weight|\.lora_A|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight",
+        *(
+            (
+                part,
+                rf"\.lora_(?:{part}|{way})(?:\.[^.]+)?\.weight|\.lora_{part}|[._]lora(?:_linear_layer)?\.{way}\.weight",
+            )
+            for part, way in (("A", "down"), ("B", "up"))
         ),
-        ("B", r"\.lora_(?:B|up)(?:\.[^.]+)?\.weight|\.lora_B|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight"),
         ("alpha", r"\.alpha"),
         ("bias_B", r"\.lora_B(?:\.[^.]+)?\.bias"),
         ("weight", r"\.diff"),
@@ -54,8 +56,6 @@ _FLAT = tuple(
     for pair in keymap.DIT_MODULES
     for name in pair
 )
-
-
 _PLACES = files.Places(
     "a LoRA", ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin", "pusa_v1.pt")
 )
@@ -63,7 +63,7 @@ _PLACES = files.Places(
 
 @dataclass(frozen=True)
 class LoRAEntry:
-    """Update of one parameter: scale * (B A), with A [r, in] and B [out, r], and/or a full difference in its shape."""
+    """Update of a parameter: scale * (B A), A [r, in], B [out, r], and/or a full difference."""
 
     A: Tensor | None = None
     B: Tensor | None = None
@@ -76,7 +76,7 @@ class LoRAEntry:
         return 1.0 if self.alpha is None or self.A is None else self.alpha / self.A.shape[0]
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        """What this updates instead of a parameter of `shape`; None where it fits. Kernels count as flattened matrices."""
+        """The shape that this updates, if not `shape`; kernels count as flattened matrices."""
         if self.A is not None and self.B is not None:
             own = (self.B.shape[0], math.prod(self.A.shape[1:]))
             if len(shape) < 2 or own != (shape[0], math.prod(shape[1:])):
@@ -96,44 +96,42 @@ class LoRAEntry:
 
 
 def read_lora(source: LoRASource) -> dict[str, LoRAEntry]:
-    """Updates by official parameter name, from a file, a directory that PEFT or diffusers wrote, or a state dict.
+    """Updates by official parameter name, from a file, a directory or a state dict.
 
-    Raises FileNotFoundError; ValueError for a damaged file, a key that no known style explains, half a pair, two updates
-    of one parameter, and for DoRA, rsLoRA, LoHa, LoKr and their like, which are named.
+    The directory is one that PEFT or diffusers wrote. Raises FileNotFoundError; ValueError for a
+    damaged file, a key that no known style explains, half a pair, two updates of one parameter, and
+    for DoRA, rsLoRA, LoHa, LoKr and the like, which are named.
     """
     label, entries, unknown = read_with_unknown(source)
     if unknown:
-        raise ValueError(
-            f"{label}: {len(unknown)} keys are of no known LoRA style: {listing(unknown)}{_checkpoint_hint(unknown)}"
-        )
+        found = f"{listing(unknown)}{_checkpoint_hint(unknown)}"
+        raise ValueError(f"{label}: {len(unknown)} keys are of no known LoRA style: {found}")
     return entries
 
 
 def read_with_unknown(source: LoRASource) -> tuple[str, dict[str, LoRAEntry], list[str]]:
-    """Label for messages, updates by official parameter name, and the keys that no style explains."""
+    """Label for messages, updates by official parameter name, and keys that no style explains."""
     found = files.open_source(source, _PLACES)
-    refused = {what: [n for n in found.tensors if pattern.search(n)] for what, pattern in _REFUSED.items()}
-    for what, names in refused.items():
-        if names:
+    for what, pattern in _REFUSED.items():
+        if names := [name for name in found.tensors if pattern.search(name)]:
             raise ValueError(f"{found.label} is {what} ({listing(names)}), which is not supported: only LoRA is")
     settings = _settings(found)
     modules: dict[str, dict[str, Tensor]] = {}
-    written: dict[str, str] = {}  # official module -> its name in the file, which adapter_config.json speaks of
+    written: dict[str, str] = {}  # official module -> its name in the file and in adapter_config.json
     unknown: list[str] = []
     for key, stored in found.tensors.items():
-        match = next(((m["module"], part) for pattern, part in _SUFFIXES if (m := pattern.match(key))), None)
-        module = _official_module(match[0]) if match else None
+        match, part = next(((m, part) for pattern, part in _SUFFIXES if (m := pattern.match(key))), (None, ""))
+        module = _official_module(match["module"]) if match else None
         if match is None or module is None:
             unknown.append(key)
             continue
-        if match[1] in modules.setdefault(module, {}):
-            raise ValueError(
-                f"{found.label} updates {module} twice, the second time as {key}: it mixes adapters or styles"
-            )
-        if not stored.dtype.is_floating_point and match[1] != "alpha":
+        if part in modules.setdefault(module, {}):
+            second = f"the second time as {key}: it mixes adapters or styles"
+            raise ValueError(f"{found.label} updates {module} twice, {second}")
+        if not stored.dtype.is_floating_point and part != "alpha":
             raise ValueError(f"{found.label} is quantised ({key} is {stored.dtype}): use a bf16, fp16 or fp32 file")
-        modules[module][match[1]] = stored.read()
-        written[module] = keymap.strip_prefix(match[0])
+        modules[module][part] = stored.read()
+        written[module] = keymap.strip_prefix(match["module"])
     entries: dict[str, LoRAEntry] = {}
     for module, parts in modules.items():
         entries |= _entries(module, parts, _alpha(module, written[module], parts, settings, found.label), found.label)
@@ -143,58 +141,41 @@ def read_with_unknown(source: LoRASource) -> tuple[str, dict[str, LoRAEntry], li
 
 
 def _official_module(name: str) -> str | None:
-    """Official module name from any style; None for an underscored name that is no module of a Wan transformer."""
+    """Official module name from any style; None for an underscored name of an unknown module."""
     flat = _KOHYA.match(name)
     if flat is None:
         return keymap.dit_to_official(name)
-    for pattern, dotted in _FLAT:
-        found = pattern.fullmatch(name, flat.end())
-        if found:
-            return keymap.dit_to_official(dotted.format(*found.groups()))
-    return None
+    hits = ((pattern.fullmatch(name, flat.end()), dotted) for pattern, dotted in _FLAT)
+    return next((keymap.dit_to_official(dotted.format(*hit.groups())) for hit, dotted in hits if hit), None)
 
 
 def _entries(module: str, parts: Mapping[str, Tensor], alpha: float | None, label: str) -> dict[str, LoRAEntry]:
     A, B = parts.get("A"), parts.get("B")
     if (A is None) != (B is None):
-        raise ValueError(
-            f"{label}: {module} has lora_{'B' if A is None else 'A'} without lora_{'A' if A is None else 'B'}: the file is incomplete"
-        )
+        here, missing = ("lora_B", "lora_A") if A is None else ("lora_A", "lora_B")
+        raise ValueError(f"{label}: {module} has {here} without {missing}: the file is incomplete")
     if A is None and parts.keys() & {"alpha", "bias_B"}:
         raise ValueError(f"{label}: {module} has {listing(parts)} without lora_A and lora_B: the file is incomplete")
-    if (
-        A is not None
-        and B is not None
-        and (min(A.ndim, B.ndim) < 2 or A.shape[0] == 0 or B.shape[1:].numel() != A.shape[0])
-    ):
-        raise ValueError(
-            f"{label}: lora_A {list(A.shape)} and lora_B {list(B.shape)} of {module} differ in rank, or have none: the file is damaged"
-        )
+    if A is not None and B is not None and (min(A.ndim, B.ndim) < 2 or not 0 < A.shape[0] == B.shape[1:].numel()):
+        shapes = f"lora_A {list(A.shape)} and lora_B {list(B.shape)} of {module}"
+        raise ValueError(f"{label}: {shapes} differ in rank, or have none: the file is damaged")
     low_rank = LoRAEntry(A, B, alpha, parts.get("weight"))
     bias = parts.get("bias")
     if "bias_B" in parts:  # PEFT scales this bias as it scales B A
         scaled = parts["bias_B"].float() * low_rank.scale
         bias = scaled if bias is None else scaled + bias.float()
-    found = {
-        "weight": low_rank if A is not None or low_rank.diff is not None else None,
-        "bias": None if bias is None else LoRAEntry(diff=bias),
-        "modulation": LoRAEntry(diff=parts["modulation"]) if "modulation" in parts else None,
-    }
-    return {f"{module}.{leaf}": entry for leaf, entry in found.items() if entry is not None}
+    entries = {"bias": LoRAEntry(diff=bias), "modulation": LoRAEntry(diff=parts.get("modulation"))}
+    every = {"weight": low_rank, **entries}
+    return {f"{module}.{leaf}": e for leaf, e in every.items() if e.A is not None or e.diff is not None}
 
 
 def _settings(found: files.Source) -> dict[str, Any]:
-    """PEFT's settings: adapter_config.json beside the file, or what diffusers writes into its metadata."""
-    beside = found.folder / "adapter_config.json" if found.folder else None
-    text = beside.read_text() if beside and beside.is_file() else found.metadata.get("lora_adapter_metadata", "{}")
-    where = str(beside) if beside and beside.is_file() else f"the metadata of {found.label}"
-    try:
-        raw = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where} is no JSON ({error})") from error
-    settings = (
-        {str(key).removeprefix("transformer."): value for key, value in raw.items()} if isinstance(raw, dict) else {}
-    )
+    """PEFT's settings, from adapter_config.json next to the file or from diffusers' metadata."""
+    where, text = f"the metadata of {found.label}", found.metadata.get("lora_adapter_metadata", "{}")
+    if found.folder and (file := found.folder / "adapter_config.json").is_file():
+        where, text = str(file), file.read_text()
+    raw = files.parse_json(text, where)
+    settings = {key.removeprefix("transformer."): value for key, value in raw.items()}
     kinds = [name for key, name in _REFUSED_CONFIG.items() if settings.get(key)]
     kind = settings.get("peft_type", "LORA")
     if kinds or kind != "LORA":
@@ -205,7 +186,7 @@ def _settings(found: files.Source) -> dict[str, Any]:
 def _alpha(
     module: str, written: str, parts: Mapping[str, Tensor], settings: Mapping[str, Any], label: str
 ) -> float | None:
-    """alpha of one module: the file's own, else that of the adapter's settings; None where neither states one."""
+    """alpha of one module: the file's own, else that of the adapter's settings, else None."""
     if "A" not in parts:
         return None
     if "alpha" in parts:

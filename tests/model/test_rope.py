@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -36,6 +39,23 @@ def test_cache_is_bounded_and_keeps_the_recent() -> None:
     cache((4, 1, 1), cpu), cache((3, 3, 3), cpu), cache((5, 1, 1), cpu)
     assert cache((3, 1, 1), cpu)[0] is first and len(cache._tables) == 2
     assert cache((9, 4, 4), cpu)[0].shape == (9, 4) and cache((9, 4, 4), torch.device("meta"))[0].is_meta
+
+
+def test_threads_can_share_a_cache() -> None:
+    cache, start = RopeCache(8, capacity=1), Barrier(8)  # each other grid evicts what another thread just asked for
+
+    def ask(thread: int) -> bool:
+        start.wait()
+        frames = (1 + thread * call % 5 for call in range(200))
+        return all(cache((f, 1, 1), torch.device("cpu"))[0].shape == (f, 4) for f in frames)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # seconds
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(ask, range(1, 9)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_tables_made_in_inference_mode_serve_training_and_copies() -> None:

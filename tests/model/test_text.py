@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,21 @@ def test_a_prompt_does_not_depend_on_its_neighbours() -> None:
     assert together[0].count_nonzero(1).tolist() == [16] * 6 + [0] * 2
     assert together[1].count_nonzero(1).tolist() == [16] * 2 + [0] * 6
     assert together[2].count_nonzero(1).tolist() == [16] + [0] * 7
+
+
+@pytest.mark.parametrize("cache_size", [0, 3])
+def test_threads_that_share_an_encoder_get_what_each_gets_alone(cache_size: int) -> None:
+    prompts = [" ".join(words) for n in (1, 2, 3) for words in itertools.permutations(WORDS[4:8], n)]
+    alone = {prompt: encoder().encode([prompt]) for prompt in prompts}
+    text = encoder(cache_size=cache_size)
+
+    def encode(part: int) -> list[tuple[str, torch.Tensor]]:
+        return [(prompt, text.encode([prompt])) for _ in range(4) for prompt in prompts[part::4]]
+
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(encode, [*range(4)] * 2):
+            assert all(torch.equal(rows, alone[prompt]) for prompt, rows in found)
+    assert len(text._cache) == cache_size
 
 
 def test_mask_covers_the_prompt_alone() -> None:
