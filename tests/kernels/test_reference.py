@@ -1,4 +1,4 @@
-"""The reference ops against formulas written out token by token, in float64 and within the error budget of each dtype."""
+"""The reference ops against formulas written token by token, in float64 and within budgets."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_residual_norm_is_within_budget(form: str, padded: bool, dtype: torch.dt
 
 
 def test_residual_norm_takes_float32_tables_and_another_dtype_for_y() -> None:
-    """What the transformer passes: bf16 stream with fp32 tables, and under autocast an fp32 stream with bf16 products."""
+    """What the transformer passes: a bf16 stream; with autocast an fp32 stream and bf16 matmuls."""
     for stream, product in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)):
         x, y = make_input(2, 6, 8, dtype=stream), make_input(2, 6, 8, seed=1, dtype=product)
         gate, scale, shift = (make_input(2, 3, 8, seed=seed) for seed in (2, 3, 4))
