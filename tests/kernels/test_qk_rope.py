@@ -87,7 +87,7 @@ def make(
 
 
 def forward(kernels: ModuleType, given: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    results: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.qk_rope_forward(*given.arguments(), EPS, False)
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.qk_rope_forward(*given.arguments(), 0, EPS, False)
     return results
 
 
@@ -167,7 +167,7 @@ def test_any_strides(kernels: ModuleType, device: str, layout: str, inplace: boo
     """NaN lies between the elements; the values are those of the packed projection, bit for bit."""
     given = make((2, 1, 3), 3, 10, device=device)
     q, k = LAYOUTS[layout](given.q), LAYOUTS[layout](given.k.clone())
-    results = kernels.qk_rope_forward(q, k, *given[1:], EPS, inplace)
+    results = kernels.qk_rope_forward(q, k, *given[1:], 0, EPS, inplace)
     for result, expected in zip(results, forward(kernels, given), strict=True):
         assert torch.equal(result, expected)
     if inplace:
@@ -180,7 +180,7 @@ def test_inplace_is_the_functional_op_and_leaves_v_alone(kernels: ModuleType, de
     given.qkv[:, :, 2] = math.nan
     expected = forward(kernels, given)
     before = given.qkv.clone()
-    results = kernels.qk_rope_forward(*(arguments := given.arguments()), EPS, True)
+    results = kernels.qk_rope_forward(*(arguments := given.arguments()), 0, EPS, True)
     assert results[0] is arguments[0] and results[1] is arguments[1]
     for result, value in zip(results, expected, strict=True):
         assert torch.equal(result, value)
@@ -201,7 +201,7 @@ def gradients(
 
 def backward(kernels: ModuleType, given: Inputs, dq: Tensor, dk: Tensor, want_weights: bool) -> tuple[Any, ...]:
     rstd = forward(kernels, given)[2:]
-    results: tuple[Any, ...] = kernels.qk_rope_backward(dq, dk, *given.arguments(), *rstd, want_weights)
+    results: tuple[Any, ...] = kernels.qk_rope_backward(dq, dk, *given.arguments(), 0, *rstd, want_weights)
     return results
 
 
@@ -240,7 +240,7 @@ def test_backward_takes_any_strides(kernels: ModuleType, device: str, layout: st
     expected = backward(kernels, given, dq, dk, True)
     place, rstd = LAYOUTS[layout], forward(kernels, given)[2:]
     views = (place(t) for t in (dq, dk, given.q, given.k))
-    for result, value in zip(kernels.qk_rope_backward(*views, *given[1:], *rstd, True), expected, strict=True):
+    for result, value in zip(kernels.qk_rope_backward(*views, *given[1:], 0, *rstd, True), expected, strict=True):
         assert torch.equal(result, value)
 
 
@@ -281,11 +281,13 @@ def test_offsets_beyond_31_bits(kernels: ModuleType, device: str) -> None:
     q, k = (far.as_strided(given.q.shape, (0, 2**30, 6, 1), start) for start in (0, 32))
     q.copy_(given.q), k.copy_(given.k)
     expected = forward(kernels, given)
-    for result, value in zip(kernels.qk_rope_forward(q, k, *given[1:], EPS, False), expected, strict=True):
+    for result, value in zip(kernels.qk_rope_forward(q, k, *given[1:], 0, EPS, False), expected, strict=True):
         assert torch.equal(result, value)
     rstd, gradient = expected[2:], output_gradients(given)
     expected = backward(kernels, given, *gradient, True)
-    for result, value in zip(kernels.qk_rope_backward(*gradient, q, k, *given[1:], *rstd, True), expected, strict=True):
+    for result, value in zip(
+        kernels.qk_rope_backward(*gradient, q, k, *given[1:], 0, *rstd, True), expected, strict=True
+    ):
         assert torch.equal(result, value)
 
 
