@@ -14,7 +14,7 @@ import pusa_fast
 ROOT = Path(__file__).parents[1]
 
 _BELOW_PIPELINE = {
-    *("kernels", "_native", "config", "testing", "device", "ops", "attention", "_lazy"),
+    *("kernels", "_native", "native", "config", "testing", "device", "ops", "attention", "_lazy"),
     *("model", "weights", "sampling", "video", "media"),
 }
 _ALL = {"__init__", *_BELOW_PIPELINE, "pipeline", "engine", "data", "training", "integrations", "bench"}
@@ -22,15 +22,16 @@ _ALL = {"__init__", *_BELOW_PIPELINE, "pipeline", "engine", "data", "training", 
 # Part -> the parts it may import. Itself always; `cli` never; `commands`, its other half, by `cli` alone.
 ARROWS: dict[str, set[str]] = {
     "_native": set(),
+    "native": {"_native"},
     "kernels": set(),
     "config": set(),
     "testing": set(),
     "video": set(),
     "device": set(),
     "_lazy": set(),
-    "ops": {"kernels", "_native"},
+    "ops": {"kernels", "native"},
     "attention": {"kernels", "_native", "device"},
-    "model": {"ops", "attention", "config", "_native", "device", "_lazy"},
+    "model": {"ops", "attention", "config", "native", "_native", "device", "_lazy"},
     "weights": {"config", "model", "_lazy"},
     "sampling": {"ops"},
     "media": {"video"},

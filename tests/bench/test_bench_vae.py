@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pusa_fast import Tiling, VAEConfig, WanVAE
 from pusa_fast.commands import bench as command
 from pusa_fast.model.vae.layers import FrameAttention
-from pusa_fast.ops import products
+from pusa_fast.ops import registry
 
 CPU = torch.device("cpu")
 TINY = VAEConfig(base_dim=8)
@@ -351,7 +351,7 @@ def test_a_quick_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["targets"]["bf16"]["speedup"] == 1.6 and set(result["relative_error"]) == {"fp32", "bf16"}
 
 
-@pytest.mark.skipif(not products.ONEDNN_BF16, reason="takes minutes without bf16 in oneDNN")
+@pytest.mark.skipif(not registry.ONEDNN_BF16, reason="takes minutes without bf16 in oneDNN")
 def test_the_path_of_a_gpu_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_vae, "SIZES", {"480p": (32, 48), "720p": (48, 64)})
     real, made = run_vae.floor_call, []
