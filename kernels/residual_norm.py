@@ -204,7 +204,7 @@ def gated_residual_forward(
 def gated_residual_backward(
     dr: Tensor, y: Tensor | None, gate: Tensor | None, want_gate: bool, tokens_per_frame: int, first_token: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dy = gate[f] * dr in y's dtype, or dr's without y; dgate [B, F, D]); (None, None) ungated."""
+    """(dy = gate[f] * dr in y's dtype, or dr's without y; dgate [B, F, D]), None ungated."""
     if gate is None:
         return None, None
     dr = unit_stride(dr)

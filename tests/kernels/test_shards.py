@@ -29,7 +29,7 @@ SIZES |= dict.fromkeys(("gate", "scale", "shift"), (B, F, D))
 
 
 class Case(NamedTuple):
-    """`call(module, tensors, first_token)` of `ops` or the reference returns [B, L, ...] tensors."""
+    """`call(module, tensors, first)` of `ops` or the reference returns tensors [B, L, ...]."""
 
     call: Callable[[Any, Tensors, int], tuple[Tensor, ...]]
     names: tuple[str, ...]
@@ -117,13 +117,26 @@ def check(case: Case, given: Tensors, cuts: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "native"], indirect=True)
 @pytest.mark.parametrize("name", CASES)
-def test_a_cut_sequence_is_the_whole(backend: str, name: str, dtype: torch.dtype) -> None:
+def test_a_sequence_cut_at_any_token_is_the_whole(backend: str, name: str, dtype: torch.dtype) -> None:
     given = inputs(CASES[name].names, dtype, device_of(backend))
-    every = [(cut,) for cut in range(1, L)]
-    # The interpreter is slow: with single tokens, each is once the first of a shard, and the last.
-    for cuts in [(6,), (5, 7), tuple(range(1, L))] if backend == "triton" else every:
-        check(CASES[name], given, cuts)
+    for cut in range(1, L):
+        check(CASES[name], given, (cut,))
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("name", CASES)
+def test_a_cut_sequence_is_the_whole_in_triton(backend: str, name: str) -> None:
+    """The interpreter is slow: a cut in a frame, a single token, half of the clip."""
+    check(CASES[name], inputs(CASES[name].names, torch.bfloat16, device_of(backend)), (5, 6))
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("name", ["residual_norm, gated, modulated", "qk_rope"])
+def test_single_tokens_are_the_whole_in_triton(backend: str, name: str) -> None:
+    """Each token is once the first of a shard, and once the last."""
+    check(CASES[name], inputs(CASES[name].names, torch.float32, device_of(backend)), tuple(range(1, L)))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("residual_norm")])
@@ -151,12 +164,3 @@ def test_rotation_in_place_of_a_cut_sequence(backend: str) -> None:
         for start, end in ((0, cut), (cut, L)):
             qk_rope(ops, given | {"qkv": qkv[:, start:end]}, start, inplace=True)
         assert torch.equal(qkv, expected)
-
-
-@pytest.mark.parametrize("name", ["residual_norm, gated, modulated", "qk_rope"])
-def test_a_cut_at_every_token_in_the_interpreter(name: str) -> None:
-    pytest.importorskip("triton")
-    with ops.use("triton"):
-        given = inputs(CASES[name].names, torch.float32, device_of("triton"))
-        for cut in range(1, L):
-            check(CASES[name], given, (cut,))
