@@ -331,7 +331,7 @@ def test_gradcheck() -> None:
 
 def test_opcheck() -> None:
     given = leaves(torch.float32)
-    arguments = (given.qkv.detach()[:, :, 0], given.qkv.detach()[:, :, 1], *given[1:5], list(given.grid), EPS)
+    arguments = (given.qkv.detach()[:, :, 0], given.qkv.detach()[:, :, 1], *given[1:5], list(given.grid), 0, EPS)
     with ops.use("triton"):
         torch.library.opcheck(torch.ops.pusa_fast.qk_rope.default, arguments)
         frozen = tuple(t.detach().clone() if isinstance(t, Tensor) else t for t in arguments)

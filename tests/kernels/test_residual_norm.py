@@ -64,7 +64,7 @@ def arguments(given: Inputs) -> tuple[Tensor | None, ...]:
 def place(given: Inputs) -> tuple[int, int]:
     """(tokens_per_frame, first_token) of a whole sequence."""
     frames = next((given[name].shape[1] for name in TABLES if name in given), 1)
-    return given["x"].shape[1] // frames, 0
+    return max(1, given["x"].shape[1] // frames), 0
 
 
 def forward(kernels: ModuleType, given: Inputs, eps: float = EPS) -> tuple[Any, ...]:
