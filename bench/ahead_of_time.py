@@ -1,9 +1,10 @@
-"""Every Triton kernel compiled for GPUs that are not here: registers, spills, shared memory and width of memory accesses.
+"""Compiles every Triton kernel without a GPU: registers, spills, shared memory, memory accesses.
 
     python -m bench.ahead_of_time [--json out.json] [--arch 90] [--model 14B] [--op qk_rope]
 
-The launchers themselves run, on meta tensors, with a launch replaced by a compilation: what is measured has the launch
-parameters and the specialisation that production gets. Not in a process under TRITON_INTERPRET, which has no compiler.
+The launchers themselves run on meta tensors, with a compilation instead of a launch. The result
+has the launch parameters, the specialisation and the dtypes of production (bf16 weights, float32
+tables). Not in a process under TRITON_INTERPRET, which has no compiler.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ class Model:
     def tokens(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
+    @property
+    def per_frame(self) -> int:
+        return self.grid[1] * self.grid[2]
+
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device="meta")
 
@@ -66,11 +71,12 @@ class Model:
         return self.empty(1, self.tokens, self.dim)
 
     def modulation(self, index: int) -> Tensor:
-        """One of the six rows [1, F, D] of the time table, as the transformer hands it over."""
+        """One of the six rows [1, F, D] of a block's float32 table, as the model passes it."""
         return self.empty(1, self.grid[0], 6, self.dim, dtype=torch.float32)[:, :, index]
 
     def row(self) -> Tensor:
-        return self.empty(self.dim, dtype=torch.float32)
+        """A weight, in the model's dtype."""
+        return self.empty(self.dim)
 
     def stats(self) -> Tensor:
         return self.empty(1, self.tokens, dtype=torch.float32)
@@ -85,7 +91,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """Pixels between two convolutions of the VAE: `dim` channels, views of windows that hold two frames more."""
+    """Pixels between two convolutions of the VAE: `dim` channels, views of longer windows."""
 
     dim: int
     dtype: torch.dtype
@@ -116,7 +122,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A call of one launcher. `forward`: it moves whole rows in and out, and should do so 16 bytes at a time."""
+    """A call of one launcher. `forward`: it moves whole rows, 16 bytes at a time."""
 
     op: str
     variant: str
@@ -125,38 +131,47 @@ class Case:
     fp8: bool = False
 
 
-_RESIDUAL_FORMS = ("gate, modulation", "gate, affine", "no gate, modulation", "modulation", "bare")
+# Every form of residual_norm: what is added to x, and how its norm is modulated.
+_RESIDUALS = {"gate": ("y", "gate"), "no gate": ("y",), "no y": ()}
+_NORMS = {"modulation": ("scale", "shift"), "affine": ("weight", "bias"), "bare": ()}
+_RESIDUAL_FORMS = {f"{r}, {n}": {*_RESIDUALS[r], *_NORMS[n]} for r, n in itertools.product(_RESIDUALS, _NORMS)}
 
 
-def _residual(m: Model, form: str) -> tuple[Tensor | None, ...]:
-    """y, gate, scale and shift, each with its base, weight and bias: K1, K3, K5, a first block, a last norm."""
-    modulation = (m.modulation(1), m.row(), m.modulation(0), m.row())
-    return {
-        "gate, modulation": (m.stream(), m.modulation(2), m.row(), *modulation, None, None),
-        "gate, affine": (m.stream(), m.modulation(2), m.row(), None, None, None, None, m.row(), m.row()),
-        "no gate, modulation": (m.stream(), None, None, *modulation, None, None),
-        "modulation": (None, None, None, *modulation, None, None),
-        "bare": (None,) * 9,
-    }[form]
+def _operands(m: Model, form: str) -> dict[str, Tensor | None]:
+    """y, gate, scale, shift, weight, bias. K1 is "gate, modulation", K3 "gate, affine"."""
+    makers = {
+        "y": m.stream,
+        "gate": functools.partial(m.modulation, 2),
+        "scale": functools.partial(m.modulation, 1),
+        "shift": functools.partial(m.modulation, 0),
+        "weight": m.row,
+        "bias": m.row,
+    }
+    return {name: make() if name in _RESIDUAL_FORMS[form] else None for name, make in makers.items()}
+
+
+def _residual_forward(m: Model, launcher: Callable[..., Any], form: str) -> Any:
+    return launcher(m.stream(), **_operands(m, form), eps=EPS, tokens_per_frame=m.per_frame, first_token=0)
 
 
 def _residual_backward(m: Model, form: str, want: bool) -> Any:
-    y, gate, gate_base, scale, scale_base, _, _, weight, _ = _residual(m, form)
+    given = _operands(m, form)
+    y, gate, scale, weight = (given[name] for name in ("y", "gate", "scale", "weight"))
     wanted = (want and gate is not None, want and scale is not None, want and weight is not None)
     return residual_norm.residual_norm_backward(
         *(None if y is None else m.stream(), m.stream(), m.stream(), y if wanted[0] else None),
-        *(gate, gate_base, scale, scale_base, weight, m.stats(), m.stats(), *wanted),
+        *(gate, scale, weight, m.stats(), m.stats(), *wanted, m.per_frame, 0),
     )
 
 
 def _gated_residual(m: Model, gated: bool) -> Any:
-    gate = (m.modulation(5), m.row()) if gated else (None, None)
-    return residual_norm.gated_residual_forward(m.stream(), m.stream(), *gate)
+    gate = m.modulation(5) if gated else None
+    return residual_norm.gated_residual_forward(m.stream(), m.stream(), gate, m.per_frame, 0)
 
 
 def _gated_residual_backward(m: Model, want: bool) -> Any:
     y = m.stream() if want else None
-    return residual_norm.gated_residual_backward(m.stream(), y, m.modulation(5), m.row(), want)
+    return residual_norm.gated_residual_backward(m.stream(), y, m.modulation(5), want, m.per_frame, 0)
 
 
 def _rms_norm(m: Model, packed: bool) -> Any:
@@ -171,7 +186,7 @@ def _rms_norm_backward(m: Model, want: bool) -> Any:
 def _qk_rope_arguments(m: Model) -> tuple[Any, ...]:
     packed = m.empty(1, m.tokens, 3, m.heads, m.head_dim)
     angles = m.empty(max(m.grid), m.head_dim // 2, dtype=torch.float32)
-    return packed[:, :, 0], packed[:, :, 1], m.row(), m.row(), angles, angles, m.grid
+    return packed[:, :, 0], packed[:, :, 1], m.row(), m.row(), angles, angles, m.grid, 0
 
 
 def _qk_rope(m: Model, inplace: bool) -> Any:
@@ -202,10 +217,6 @@ def _flow_loss_backward(m: Model) -> Any:
     return flow.flow_loss_backward(m.empty(*m.latents), torch.empty((), device="meta"))
 
 
-def _residual_forward(m: Model, launcher: Callable[..., Any], form: str) -> Any:
-    return launcher(m.stream(), *_residual(m, form), EPS)
-
-
 def cases() -> Iterator[Case]:
     """Every launcher in the variants that inference and training use."""
     partial = functools.partial
@@ -233,7 +244,7 @@ def cases() -> Iterator[Case]:
     yield Case("gelu_quantize_rows", "", lambda m: fp8.gelu_quantize_rows(m.empty(1, m.tokens, m.ffn)), fp8=True)
 
 
-# What the VAE asks for, by what stands between its convolutions: which of x, bias, r and out there are.
+# What the VAE asks for between its convolutions: which of x, bias, r and out there are.
 _VAE_FORMS = {
     "out": "",
     "bias: out": "bias",
@@ -270,7 +281,7 @@ def cases_of(model: Model | Stage) -> Iterator[Case]:
 
 
 class _NoGPU:
-    """Stands in for Triton's driver: says which GPU to compile for, and runs nothing."""
+    """Replaces Triton's driver: says which GPU to compile for, and runs nothing."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -290,7 +301,7 @@ class _NoGPU:
 
 @contextmanager
 def compiling(arch: int) -> Iterator[list[Any]]:
-    """Inside, a kernel launch compiles for `arch` and launches nothing; the list gets what was compiled."""
+    """Inside, a launch compiles for `arch` and launches nothing; the list gets the results."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("under TRITON_INTERPRET=1 there is no compiler: run this in a process without it")
     launches: list[Any] = []
@@ -313,7 +324,7 @@ def compiling(arch: int) -> Iterator[list[Any]]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel takes and does. `narrow` counts accesses to global memory of 1 or 2 bytes: single elements of a row."""
+    """What a kernel takes and does. `narrow`: accesses to global memory of 1 or 2 bytes."""
 
     registers: int
     spills: int
@@ -352,7 +363,7 @@ def resources(compiled: Any) -> Resources:
 def measure(
     archs: Iterable[int] = ARCHS, models: Iterable[str] = (*MODELS, *STAGES), ops: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
-    """One record per kernel that a case launches: what it is, its warps, its `Resources`. No ops: all of them.
+    """One record per kernel that a case launches: its name, warps and `Resources`. No ops: all.
 
     A case that does not compile gives a record with the compiler's `error` instead.
     """
@@ -389,7 +400,7 @@ def measure(
 
 
 def faults(record: dict[str, Any]) -> list[str]:
-    """Why a kernel would be slow or not launch at all: no code, spills, shared memory, registers of one block."""
+    """Why a kernel would be slow or not launch: spills, shared memory, registers of one block."""
     if "error" in record:
         return [f"does not compile: {record['error'].strip().splitlines()[-1]}"]
     # Registers are handed out to a warp in units of 256.
@@ -404,7 +415,7 @@ def faults(record: dict[str, Any]) -> list[str]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: a line per kernel, variant and model, with the registers on each GPU and the most of all else."""
+    """Markdown: a line per kernel, variant and model; registers for each GPU, else the maximum."""
     records = [record for record in records if "error" not in record]
     archs = sorted({record["arch"] for record in records})
     lines = [

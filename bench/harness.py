@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench.card import card
 from bench.registry import DEFAULT_DTYPES, DTYPES
-from pusa_fast.ops.products import ONEDNN_BF16
+from pusa_fast.ops.registry import ONEDNN_BF16
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Library:
 
 def _gated(t: Inputs) -> Tensor:
     """gate[f] * y of K3, which no public norm takes."""
-    rows = t["t_mod"][:, :, 2] + t["base"][2]
+    rows = t["table"][:, :, 2]
     frames = t["y"].unflatten(1, (rows.shape[1], -1))
     return (frames * rows.unsqueeze(2).to(frames.dtype)).flatten(1, 2)
 

@@ -86,6 +86,10 @@ def _width(s: Shape) -> tuple[int, ...]:
     return (s.dim,)
 
 
+def _table(s: Shape) -> tuple[int, ...]:
+    return 1, s.grid[0], 6, s.dim
+
+
 CHANNELS, _PAST = 96, 2  # of the VAE's widest pixels; frames of history in a window
 
 
@@ -99,7 +103,7 @@ TENSORS: Mapping[str, Spec] = {
     "qkv": Spec(lambda s: (1, s.tokens, 3, s.heads, s.dim // s.heads)),
     **dict.fromkeys(("dq", "dk", "dv"), Spec(_heads)),
     "hidden": Spec(lambda s: (1, s.tokens, s.ffn)),
-    "t_mod": Spec(lambda s: (1, s.grid[0], 6, s.dim), "frames", torch.float32, 0.5),
+    "t_mod": Spec(_table, "frames", torch.float32, 0.5),
     "base": Spec(lambda s: (6, s.dim), None, None, 0.5),  # a block's own modulation table
     **dict.fromkeys(("weight", "weight_q", "weight_k"), Spec(_width, None, None, 0.2, 1.0)),
     "bias": Spec(_width, None),
@@ -110,6 +114,7 @@ TENSORS: Mapping[str, Spec] = {
     "window": Spec(lambda s: _pixels(s, _PAST), "frames"),
     "gamma": Spec(lambda s: (CHANNELS,), None, None, 0.2, 1.0),
     "channel_bias": Spec(lambda s: (CHANNELS,), None),
+    "table": Spec(_table, "frames", torch.float32),  # t_mod + base, as the kernels take it
 }
 _ROPE = ("cos", "sin")
 _UNPACKED = ("q", "k")
@@ -137,6 +142,8 @@ class Drawn(dict[str, Any]):
     def __missing__(self, name: str) -> Tensor:
         if name in _UNPACKED:
             made: Tensor = self["qkv"][:, :, _UNPACKED.index(name)].contiguous()
+        elif name == "table":
+            made = self["t_mod"] + self["base"].float()
         else:
             made = draw(name, self.shape, self.dtype, self.device)
         self[name] = made
@@ -226,30 +233,20 @@ FILES: Mapping[str, str] = {
 
 
 def modulation(t: Inputs, kind: str) -> dict[str, Tensor]:
-    """The rows of K1 or K5 as the transformer passes them: views of the frame table, and the block's own rows beside."""
-    m, base = t["t_mod"], t["base"]
+    """The rows of K1 or K5 as the transformer passes them: views of the block's frame table."""
     shift, scale = {"K1": (0, 1), "K5": (3, 4)}[kind]
-    return {
-        "scale": m[:, :, scale],
-        "shift": m[:, :, shift],
-        "scale_base": base[scale],
-        "shift_base": base[shift],
-        "eps": EPS,
-    }
+    return {"scale": t["table"][:, :, scale], "shift": t["table"][:, :, shift], "eps": EPS}
 
 
 def k1(impl: Any, t: Inputs) -> Outputs:
     """The last residual of the block before (gate 5), then the norm of self-attention."""
-    out: Outputs = impl.residual_norm(
-        t["x"], t["y"], t["t_mod"][:, :, 5], gate_base=t["base"][5], **modulation(t, "K1")
-    )
+    out: Outputs = impl.residual_norm(t["x"], t["y"], t["table"][:, :, 5], **modulation(t, "K1"))
     return out
 
 
 def k3(impl: Any, t: Inputs) -> Outputs:
-    out: Outputs = impl.residual_norm(
-        t["x"], t["y"], t["t_mod"][:, :, 2], gate_base=t["base"][2], weight=t["weight"], bias=t["bias"], eps=EPS
-    )
+    gate = t["table"][:, :, 2]
+    out: Outputs = impl.residual_norm(t["x"], t["y"], gate, weight=t["weight"], bias=t["bias"], eps=EPS)
     return out
 
 
@@ -330,8 +327,7 @@ def residual_norm_fp8(impl: Any, t: Inputs) -> Outputs:
     if impl is reference:
         r, n = k1(impl, t)
         return r, *impl.quantize_rows(n)
-    gate = {"gate": t["t_mod"][:, :, 5], "gate_base": t["base"][5]}
-    r, rows = impl.residual_norm_fp8(t["x"], t["y"], **gate, **modulation(t, "K1"))
+    r, rows = impl.residual_norm_fp8(t["x"], t["y"], t["table"][:, :, 5], **modulation(t, "K1"))
     return r, *rows
 
 
@@ -341,7 +337,7 @@ def _expanded(rows: Outputs) -> Outputs:
     return *others, q.float() * scale
 
 
-_MODULATED = ("x", "y", "t_mod", "base")
+_MODULATED = ("x", "y", "table")
 _AFFINE = (*_MODULATED, "weight", "bias")
 _ROTATED = ("qkv", "weight_q", "weight_k", *_ROPE)
 _BOTH = ("tokens", "tokens")
@@ -350,9 +346,9 @@ OPS: Mapping[str, Op] = MappingProxyType(
     {
         op.name: op
         for op in (
-            Op("residual_norm_k1", "K1", f"{_R}; LN(r)*(1+scale[f])+shift[f]", k1, {"u": 4, "frame_row": 3, "row": 3}, _MODULATED, _BOTH),
-            Op("residual_norm_k3", "K3", f"{_R}; LN(r)*weight+bias", k3, {"u": 4, "frame_row": 1, "row": 3}, _AFFINE, _BOTH),
-            Op("residual_norm_k5", "K5", "r = x + y; LN(r)*(1+scale[f])+shift[f]", k5, {"u": 4, "frame_row": 2, "row": 2}, _MODULATED, _BOTH),
+            Op("residual_norm_k1", "K1", f"{_R}; LN(r)*(1+scale[f])+shift[f]", k1, {"u": 4, "frame_row": 3}, _MODULATED, _BOTH),
+            Op("residual_norm_k3", "K3", f"{_R}; LN(r)*weight+bias", k3, {"u": 4, "frame_row": 1, "row": 2}, _AFFINE, _BOTH),
+            Op("residual_norm_k5", "K5", "r = x + y; LN(r)*(1+scale[f])+shift[f]", k5, {"u": 4, "frame_row": 2}, _MODULATED, _BOTH),
             Op("rms_norm", "K4", "x/rms(x)*weight", rms_norm, {"u": 2, "row": 1}, ("x", "weight")),
             Op("qk_rope", "K2", "RMSNorm of q and k, 3-D RoPE", qk_rope, {"u": 4, "row": 2, "angles": 1}, _ROTATED, _BOTH),
             Op("qk_rope_inplace", "K2", "the same, in place", qk_rope_inplace, {"u": 4, "row": 2, "angles": 1}, _ROTATED, _BOTH, mutates=("qkv",)),
@@ -364,9 +360,9 @@ OPS: Mapping[str, Op] = MappingProxyType(
             Op("gelu", "GELU", "tanh GELU", gelu, {"hidden": 2}, ("hidden",)),
             Op("quantize_rows", "fp8", "e4m3 rows, a scale each", quantize_rows, {"u": 1, "e4m3": 1, "per_token": 1}, ("x",), oracle=lambda t: (t["x"],), view=_expanded, fp8=True),
             Op("gelu_quantize_rows", "fp8", "e4m3 rows of GELU(x)", gelu_quantize_rows, {"hidden": 1, "hidden_e4m3": 1, "per_token": 1}, ("hidden",), oracle=lambda t: gelu(reference, t), view=_expanded, fp8=True),
-            Op("residual_norm_fp8", "K1 fp8", "K1, its norm as e4m3 rows", residual_norm_fp8, {"u": 3, "e4m3": 1, "per_token": 1, "frame_row": 3, "row": 3}, _MODULATED, _BOTH, oracle=lambda t: k1(reference, t), view=_expanded, fp8=True),
-            Op("residual_norm_backward", "K1 bwd", "dx, dy; tables frozen", k1, {"u": 5, "per_token": 2, "frame_row": 2, "row": 2}, (*_MODULATED, "dr", "dn"), _BOTH, ("x", "y"), ("dr", "dn")),
-            Op("residual_norm_backward_full", "K1 bwd", "dx, dy, and the frame table's gradient", k1, {"u": 6, "per_token": 2, "frame_row": 5, "row": 2}, (*_MODULATED, "dr", "dn"), (*_BOTH, "frames"), ("x", "y", "t_mod"), ("dr", "dn")),
+            Op("residual_norm_fp8", "K1 fp8", "K1, its norm as e4m3 rows", residual_norm_fp8, {"u": 3, "e4m3": 1, "per_token": 1, "frame_row": 3}, _MODULATED, _BOTH, oracle=lambda t: k1(reference, t), view=_expanded, fp8=True),
+            Op("residual_norm_backward", "K1 bwd", "dx, dy; tables frozen", k1, {"u": 5, "per_token": 2, "frame_row": 2}, (*_MODULATED, "dr", "dn"), _BOTH, ("x", "y"), ("dr", "dn")),
+            Op("residual_norm_backward_full", "K1 bwd", "dx, dy, and the frame table's gradient", k1, {"u": 6, "per_token": 2, "frame_row": 5}, (*_MODULATED, "dr", "dn"), (*_BOTH, "frames"), ("x", "y", "table"), ("dr", "dn")),
             Op("rms_norm_backward", "K4 bwd", "dx; weight frozen", rms_norm, {"u": 3, "per_token": 1, "row": 1}, ("x", "weight", "dn"), ("tokens",), ("x",), ("dn",)),
             Op("qk_rope_backward", "K2 bwd", "dqkv, packed; weights frozen", qkv_rope, {"u": 8, "per_token": 2, "row": 2, "angles": 1}, (*_ROTATED, "dq", "dk", "dv"), _BOTH, ("qkv",), ("dq", "dk", "dv")),
         )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pusa_fast import VAEConfig, WanVAE
 from pusa_fast.model.vae.layers import CausalConv3d
-from pusa_fast.ops.convolution import can_add
+from pusa_fast.ops.vae import can_add
 from pusa_fast.testing import assert_within_budget, relative_error
 from pusa_fast.weights import keymap
 

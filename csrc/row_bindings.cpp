@@ -15,54 +15,56 @@ namespace py = pybind11;
 namespace pusa {
 namespace {
 
-template <class... Args>
-void release_and_run(Args&&... args) {
+template <class Args>
+void release_and_run(const Args& args, int threads) {
+  const int checked = checked_threads(threads);
   const py::gil_scoped_release unlocked;
-  run(std::forward<Args>(args)...);
+  run(args, checked);
 }
 
-void residual_norm_forward(py::handle x_, py::handle y_, py::handle gate_, py::handle gate_base, py::handle scale_,
-                           py::handle scale_base, py::handle shift_, py::handle shift_base, py::handle weight_,
-                           py::handle bias_, py::handle r_, py::handle n_, py::handle mean_, py::handle rstd_,
-                           float eps, int threads) {
+void residual_norm_forward(py::handle x_, py::handle y_, py::handle gate_, py::handle scale_, py::handle shift_,
+                           py::handle weight_, py::handle bias_, py::handle r_, py::handle n_, py::handle mean_,
+                           py::handle rstd_, float eps, std::int64_t tokens_per_frame, std::int64_t first_token,
+                           int threads) {
   const TensorView x("x", x_), n("n", n_), mean("mean", mean_), rstd("rstd", rstd_);
-  const Optional y = optional("y", y_), r = optional("r", r_), weight = optional("weight", weight_);
-  const Optional bias = optional("bias", bias_);
-  const FrameTable gate("gate", gate_, "gate_base", gate_base), scale("scale", scale_, "scale_base", scale_base);
-  const FrameTable shift("shift", shift_, "shift_base", shift_base);
+  const Optional y = optional("y", y_), r = optional("r", r_), gate = optional("gate", gate_);
+  const Optional scale = optional("scale", scale_), shift = optional("shift", shift_);
+  const Optional weight = optional("weight", weight_), bias = optional("bias", bias_);
   require_together(y.has_value() == r.has_value() && (y || !gate), "r comes with y, and gate needs both");
-  require_together(bool(scale) == bool(shift) && weight.has_value() == bias.has_value() && !(scale && weight),
-                   "give scale and shift, or weight and bias, or neither pair");
+  require_together(
+      scale.has_value() == shift.has_value() && weight.has_value() == bias.has_value() && !(scale && weight),
+      "give scale and shift, or weight and bias, or neither pair");
   const Size size = size_of(x);
   const Type type = type_of(x);
   ResidualNormForward args{};
   args.size = size;
+  args.frames = frames({&gate, &scale, &shift}, size, tokens_per_frame, first_token);
   args.x = input(x, size);
   args.y = input(y, size);
   if (r) args.r = output(*r, size, type);
   args.n = output(n, size, type);
-  args.gate = gate.table(size);
+  args.gate = table(gate);
   args.affine = weight.has_value();
-  args.scale = weight ? base_row(*weight, size.width) : scale.table(size);
-  args.shift = bias ? base_row(*bias, size.width) : shift.table(size);
+  args.scale = weight ? weight_row(*weight, size.width) : table(scale);
+  args.shift = bias ? weight_row(*bias, size.width) : table(shift);
   args.mean = floats(mean, {size.batch, size.tokens});
   args.rstd = floats(rstd, {size.batch, size.tokens});
   args.eps = eps;
-  release_and_run(args, checked_threads(threads));
+  release_and_run(args, threads);
 }
 
 void residual_norm_backward(py::handle dr_, py::handle dn_, py::handle r_, py::handle y_, py::handle gate_,
-                            py::handle gate_base, py::handle scale_, py::handle scale_base, py::handle weight_,
-                            py::handle mean_, py::handle rstd_, py::handle dx_, py::handle dy_, py::handle dgate_,
-                            py::handle dscale_, py::handle dshift_, py::handle dweight_, py::handle dbias_,
-                            int threads) {
+                            py::handle scale_, py::handle weight_, py::handle mean_, py::handle rstd_, py::handle dx_,
+                            py::handle dy_, py::handle dgate_, py::handle dscale_, py::handle dshift_,
+                            py::handle dweight_, py::handle dbias_, std::int64_t tokens_per_frame,
+                            std::int64_t first_token, int threads) {
   const TensorView dn("dn", dn_), r("r", r_), mean("mean", mean_), rstd("rstd", rstd_), dx("dx", dx_);
-  const Optional dr = optional("dr", dr_), y = optional("y", y_), weight = optional("weight", weight_);
-  const FrameTable gate("gate", gate_, "gate_base", gate_base), scale("scale", scale_, "scale_base", scale_base);
+  const Optional dr = optional("dr", dr_), y = optional("y", y_), gate = optional("gate", gate_);
+  const Optional scale = optional("scale", scale_), weight = optional("weight", weight_);
   const Optional dy = optional("dy", dy_), dgate = optional("dgate", dgate_), dscale = optional("dscale", dscale_);
   const Optional dshift = optional("dshift", dshift_), dweight = optional("dweight", dweight_);
   const Optional dbias = optional("dbias", dbias_);
-  require_together(bool(gate) == dy.has_value(), "dy comes with gate");
+  require_together(gate.has_value() == dy.has_value(), "dy comes with gate");
   require_together(!dgate || (gate && y), "dgate needs gate and y");
   require_together(!(scale && weight), "give scale or weight, not both");
   require_together(dscale.has_value() == dshift.has_value() && (!dscale || scale),
@@ -73,6 +75,7 @@ void residual_norm_backward(py::handle dr_, py::handle dn_, py::handle r_, py::h
   const Type type = type_of(r);
   ResidualNormBackward args{};
   args.size = size;
+  args.frames = frames({&gate, &scale}, size, tokens_per_frame, first_token);
   args.r = input(r, size);
   args.dn = input(dn, size, type);
   args.dr = input(dr, size, type);
@@ -80,48 +83,51 @@ void residual_norm_backward(py::handle dr_, py::handle dn_, py::handle r_, py::h
   if (!y) args.y.type = type;
   args.dx = output(dx, size, type);
   if (dy) args.dy = output(*dy, size, args.y.type);
-  args.gate = gate.table(size);
+  args.gate = table(gate);
   args.affine = weight.has_value();
-  args.scale = weight ? base_row(*weight, size.width) : scale.table(size);
+  args.scale = weight ? weight_row(*weight, size.width) : table(scale);
   args.mean = floats(mean, {size.batch, size.tokens});
   args.rstd = floats(rstd, {size.batch, size.tokens});
-  require_together(gate.frames() == scale.frames() || gate.frames() == 1 || scale.frames() == 1,
-                   "gate and scale must have the same number of frames, or one of them a base row alone");
-  release_and_run(args, frame_sums(dgate, gate.frames(), size),
-                  weight ? all_sums(dweight, size.width) : frame_sums(dscale, scale.frames(), size),
-                  weight ? all_sums(dbias, size.width) : frame_sums(dshift, scale.frames(), size),
-                  size.batch * std::max(gate.frames(), scale.frames()), checked_threads(threads));
+  args.dgate = frame_sums(dgate, args.frames, size);
+  args.dscale = weight ? all_sums(dweight, size.width) : frame_sums(dscale, args.frames, size);
+  args.dshift = weight ? all_sums(dbias, size.width) : frame_sums(dshift, args.frames, size);
+  release_and_run(args, threads);
 }
 
-void gated_residual_forward(py::handle x_, py::handle y_, py::handle gate_, py::handle gate_base, py::handle r_,
-                            int threads) {
+void gated_residual_forward(py::handle x_, py::handle y_, py::handle gate_, py::handle r_,
+                            std::int64_t tokens_per_frame, std::int64_t first_token, int threads) {
   const TensorView x("x", x_), y("y", y_), r("r", r_);
-  const FrameTable gate("gate", gate_, "gate_base", gate_base);
+  const Optional gate = optional("gate", gate_);
   const Size size = size_of(x);
-  const Rows out = output(r, size, type_of(x));
-  const GatedResidualForward args{size, input(x, size), input(y, size), out, gate.table(size)};
-  release_and_run(args, checked_threads(threads));
+  release_and_run(GatedResidualForward{size, frames({&gate}, size, tokens_per_frame, first_token), input(x, size),
+                                       input(y, size), output(r, size, type_of(x)), table(gate)},
+                  threads);
 }
 
-void gated_residual_backward(py::handle dr_, py::handle y_, py::handle gate_, py::handle gate_base, py::handle dy_,
-                             py::handle dgate_, int threads) {
+void gated_residual_backward(py::handle dr_, py::handle y_, py::handle gate_, py::handle dy_, py::handle dgate_,
+                             std::int64_t tokens_per_frame, std::int64_t first_token, int threads) {
   const TensorView dr("dr", dr_), dy("dy", dy_);
-  const Optional y = optional("y", y_), dgate = optional("dgate", dgate_);
-  const FrameTable gate("gate", gate_, "gate_base", gate_base);
+  const Optional y = optional("y", y_), gate = optional("gate", gate_), dgate = optional("dgate", dgate_);
   require_together(gate && (!dgate || y), "gate is needed, and y for dgate");
   const Size size = size_of(dr);
-  GatedResidualBackward args{size, input(dr, size), input(y, size), {}, gate.table(size), nullptr};
+  GatedResidualBackward args{};
+  args.size = size;
+  args.frames = frames({&gate}, size, tokens_per_frame, first_token);
+  args.dr = input(dr, size);
+  args.y = input(y, size);
   if (!y) args.y.type = args.dr.type;
   args.dy = output(dy, size, args.y.type);
-  release_and_run(args, frame_sums(dgate, gate.frames(), size), checked_threads(threads));
+  args.gate = table(gate);
+  args.dgate = frame_sums(dgate, args.frames, size);
+  release_and_run(args, threads);
 }
 
 void rms_norm_forward(py::handle x_, py::handle weight_, py::handle n_, py::handle rstd_, float eps, int threads) {
   const TensorView x("x", x_), weight("weight", weight_), n("n", n_), rstd("rstd", rstd_);
   const Size size = size_of(x);
-  release_and_run(RmsNormForward{size, input(x, size), output(n, size, type_of(x)), base_row(weight, size.width),
+  release_and_run(RmsNormForward{size, input(x, size), output(n, size, type_of(x)), weight_row(weight, size.width),
                                  floats(rstd, {size.batch, size.tokens}), eps},
-                  checked_threads(threads));
+                  threads);
 }
 
 void rms_norm_backward(py::handle dn_, py::handle x_, py::handle weight_, py::handle rstd_, py::handle dx_,
@@ -131,32 +137,35 @@ void rms_norm_backward(py::handle dn_, py::handle x_, py::handle weight_, py::ha
   const Size size = size_of(x);
   const Type type = type_of(x);
   release_and_run(RmsNormBackward{size, input(dn, size, type), input(x, size), output(dx, size, type),
-                                  base_row(weight, size.width), floats(rstd, {size.batch, size.tokens}), nullptr},
-                  all_sums(dweight, size.width), checked_threads(threads));
+                                  weight_row(weight, size.width), floats(rstd, {size.batch, size.tokens}),
+                                  all_sums(dweight, size.width)},
+                  threads);
 }
 
 void qk_rope_forward(py::handle q_, py::handle k_, py::handle weight_q_, py::handle weight_k_, py::handle cos_,
                      py::handle sin_, py::handle q_out_, py::handle k_out_, py::handle rstd_q_, py::handle rstd_k_,
-                     std::int64_t frames, std::int64_t height, std::int64_t width, float eps, int threads) {
+                     std::int64_t frames, std::int64_t height, std::int64_t width, std::int64_t first_token, float eps,
+                     int threads) {
   const TensorView q("q", q_), k("k", k_), weight_q("weight_q", weight_q_), weight_k("weight_k", weight_k_);
   const TensorView cos("cos", cos_), sin("sin", sin_), q_out("q_out", q_out_), k_out("k_out", k_out_);
   const TensorView rstd_q("rstd_q", rstd_q_), rstd_k("rstd_k", rstd_k_);
   const Size size = size_of_heads(q);
   const Type type = type_of(q);
   const QkRopeForward args{size,
-                           rope(cos, sin, frames, height, width, q),
+                           rope(cos, sin, frames, height, width, first_token, q),
                            {heads(q, q, type), heads(k, q, type)},
                            {heads(q_out, q, type), heads(k_out, q, type)},
-                           {base_row(weight_q, size.width), base_row(weight_k, size.width)},
+                           {weight_row(weight_q, size.width), weight_row(weight_k, size.width)},
                            {floats(rstd_q, {size.batch, size.tokens}), floats(rstd_k, {size.batch, size.tokens})},
                            eps};
-  if (size.width > 0) release_and_run(args, checked_threads(threads));
+  if (size.width > 0) release_and_run(args, threads);
 }
 
 void qk_rope_backward(py::handle dq_, py::handle dk_, py::handle q_, py::handle k_, py::handle weight_q_,
                       py::handle weight_k_, py::handle cos_, py::handle sin_, py::handle rstd_q_, py::handle rstd_k_,
                       py::handle dq_in_, py::handle dk_in_, py::handle dweight_q_, py::handle dweight_k_,
-                      std::int64_t frames, std::int64_t height, std::int64_t width, int threads) {
+                      std::int64_t frames, std::int64_t height, std::int64_t width, std::int64_t first_token,
+                      int threads) {
   const TensorView dq("dq", dq_), dk("dk", dk_), q("q", q_), k("k", k_);
   const TensorView weight_q("weight_q", weight_q_), weight_k("weight_k", weight_k_), cos("cos", cos_), sin("sin", sin_);
   const TensorView rstd_q("rstd_q", rstd_q_), rstd_k("rstd_k", rstd_k_), dq_in("dq_in", dq_in_), dk_in("dk_in", dk_in_);
@@ -165,15 +174,14 @@ void qk_rope_backward(py::handle dq_, py::handle dk_, py::handle q_, py::handle 
   const Size size = size_of_heads(q);
   const Type type = type_of(q);
   const QkRopeBackward args{size,
-                            rope(cos, sin, frames, height, width, q),
+                            rope(cos, sin, frames, height, width, first_token, q),
                             {heads(dq, q, type), heads(dk, q, type)},
                             {heads(q, q, type), heads(k, q, type)},
                             {heads(dq_in, q, type), heads(dk_in, q, type)},
-                            {base_row(weight_q, size.width), base_row(weight_k, size.width)},
+                            {weight_row(weight_q, size.width), weight_row(weight_k, size.width)},
                             {floats(rstd_q, {size.batch, size.tokens}), floats(rstd_k, {size.batch, size.tokens})},
-                            {nullptr, nullptr}};
-  const RowSums sums_q = all_sums(dweight_q, size.width), sums_k = all_sums(dweight_k, size.width);
-  if (size.width > 0) release_and_run(args, sums_q, sums_k, checked_threads(threads));
+                            {all_sums(dweight_q, size.width), all_sums(dweight_k, size.width)}};
+  if (size.width > 0) release_and_run(args, threads);
 }
 
 void guided_euler_step(py::handle x_, py::handle v_, py::handle v_neg_, py::handle dsigma_, py::handle out_,
@@ -200,7 +208,7 @@ void guided_euler_step(py::handle x_, py::handle v_, py::handle v_neg_, py::hand
                              v_type,
                              floats(dsigma, {frames}),
                              guidance};
-  if (args.pixels > 0) release_and_run(args, checked_threads(threads));
+  if (args.pixels > 0) release_and_run(args, threads);
 }
 
 void require_alike(const TensorView& x, const TensorView& other, const char* name) {
@@ -213,14 +221,14 @@ void require_alike(const TensorView& x, const TensorView& other, const char* nam
 void gelu(py::handle x_, py::handle out_, int threads) {
   const TensorView x("x", x_), out("out", out_);
   require_alike(x, out, "out");
-  release_and_run(Gelu{x.data(), out.data(), type_of(x)}, x.numel(), checked_threads(threads));
+  release_and_run(Gelu{x.data(), out.data(), type_of(x), x.numel()}, threads);
 }
 
 void gelu_backward(py::handle dy_, py::handle x_, py::handle dx_, int threads) {
   const TensorView dy("dy", dy_), x("x", x_), dx("dx", dx_);
   require_alike(x, dy, "dy");
   require_alike(x, dx, "dx");
-  release_and_run(GeluBackward{dy.data(), x.data(), dx.data(), type_of(x)}, x.numel(), checked_threads(threads));
+  release_and_run(GeluBackward{dy.data(), x.data(), dx.data(), type_of(x), x.numel()}, threads);
 }
 
 void linear_rows(py::handle x_, py::handle weight_, py::handle bias_, py::handle out_, int threads) {
@@ -236,13 +244,9 @@ void linear_rows(py::handle x_, py::handle weight_, py::handle bias_, py::handle
   args.features = weight.size(0);
   args.x = floats(x, {args.rows, args.in});
   args.weight = {weight.data(), type_of(weight), 0, weight.stride(0)};
-  if (bias) {
-    const Table row = base_row(*bias, args.features);
-    args.bias = row.base;
-    args.bias_type = row.base_type;
-  }
+  if (bias) args.bias = weight_row(*bias, args.features);
   args.out = floats(out, {args.rows, args.features});
-  release_and_run(args, checked_threads(threads));
+  release_and_run(args, threads);
 }
 
 void vae_act(py::handle y_, py::handle gamma_, py::handle x_, py::handle bias_, py::handle r_, py::handle out_,
@@ -270,9 +274,7 @@ void vae_act(py::handle y_, py::handle gamma_, py::handle x_, py::handle bias_, 
   args.gamma = flat_row(gamma, C);
   args.bias = flat_row(bias, C);
   if (like.numel() == 0) return;
-  require_apart(args);
-  if (!upsampled) join_axes(args);
-  release_and_run(args, checked_threads(threads));
+  release_and_run(args, threads);
 }
 
 py::list isas() {

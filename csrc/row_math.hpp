@@ -275,8 +275,12 @@ PUSA_INLINE T* row(const Rows& rows, int64_t batch, int64_t token) {
   return static_cast<T*>(rows.data) + batch * rows.batch + token * rows.token;
 }
 
-PUSA_INLINE void clear(float* partial, int64_t width) {
-  if (partial) __builtin_memset(partial, 0, static_cast<size_t>(width) * sizeof(float));
+// Where the sums over a span go, cleared. null: unwanted.
+PUSA_INLINE float* cleared(const RowSums& sums, int64_t width, Span span) {
+  if (!sums.data) return nullptr;
+  float* partial = sums.partial + span.block * width;
+  __builtin_memset(partial, 0, static_cast<size_t>(width) * sizeof(float));
+  return partial;
 }
 
 // call(T{}) with the storage type of `type`.
@@ -290,42 +294,27 @@ PUSA_INLINE void with_type(Type type, Call call) {
 }
 
 // A table's rows in float32, one at a time: the row itself where it is stored so, else made in `room` (D floats) when
-// the frame changes.
+// another is asked for.
 class FrameRow {
  public:
   FrameRow(const Table& table, int64_t width, float* room) : table_(table), width_(width), room_(room) {}
 
-  PUSA_INLINE const float* at(int64_t batch, int64_t token) {  // null: no table
-    const int64_t frame = table_.frame ? token / table_.tokens : 0;
-    if (batch != batch_ || frame != frame_) move_to(batch, frame);
+  PUSA_INLINE const float* at(int64_t batch, int64_t frame) {  // null: no table
+    const int64_t offset = batch * table_.batch + frame * table_.step;
+    if (offset != offset_) move_to(offset);
     return row_;
   }
 
  private:
-  void move_to(int64_t batch, int64_t frame) {
-    if (!table_.frame && batch_ >= 0) return;
-    batch_ = batch;
-    frame_ = frame;
-    if (!table_.frame && !table_.base) return;
-    const int64_t offset = batch * table_.batch + frame * table_.step;
-    const void* first = table_.frame ? table_.frame : table_.base;
-    const Type first_type = table_.frame ? table_.frame_type : table_.base_type;
-    const bool both = table_.frame && table_.base;
-    if (first_type == Type::float32 && !both) {
-      row_ = static_cast<const float*>(first) + offset;
+  void move_to(int64_t offset) {
+    offset_ = offset;
+    if (!table_.data) return;
+    if (table_.type == Type::float32) {
+      row_ = static_cast<const float*>(table_.data) + offset;
       return;
     }
-    with_type(first_type, [&](auto type) {
-      const auto* source = static_cast<const decltype(type)*>(first) + offset;
-      each(width_, [&](int64_t i, auto lanes, int) PUSA_LAMBDA { store(room_ + i, load(source + i, lanes), lanes); });
-    });
-    if (both) {
-      with_type(table_.base_type, [&](auto type) {
-        const auto* base = static_cast<const decltype(type)*>(table_.base);
-        each(width_, [&](int64_t i, auto lanes, int)
-                         PUSA_LAMBDA { store(room_ + i, load(room_ + i, lanes) + load(base + i, lanes), lanes); });
-      });
-    }
+    const bf16* source = static_cast<const bf16*>(table_.data) + offset;
+    each(width_, [&](int64_t i, auto lanes, int) PUSA_LAMBDA { store(room_ + i, load(source + i, lanes), lanes); });
     row_ = room_;
   }
 
@@ -333,8 +322,29 @@ class FrameRow {
   int64_t width_;
   float* room_;
   const float* row_ = nullptr;
-  int64_t batch_ = -1, frame_ = -1;
+  int64_t offset_ = INT64_MIN;
 };
+
+// body(row, b, t, f) for the rows of a span: row counts tokens over the batch, t is the token of sequence b, f its
+// frame.
+template <class Body>
+PUSA_INLINE void each_token(const Size& size, const Frames& frames, Span span, Body body) {
+  if (span.first >= span.last) return;
+  int64_t b = span.first / size.tokens, t = span.first % size.tokens, f = (frames.first + t) / frames.tokens;
+  int64_t f_end = (f + 1) * frames.tokens - frames.first;  // the token that begins the next frame
+  for (int64_t row = span.first; row < span.last; ++row, ++t) {
+    if (t == size.tokens) {
+      t = 0;
+      ++b;
+      f = frames.first / frames.tokens;
+      f_end = (f + 1) * frames.tokens - frames.first;
+    } else if (t == f_end) {
+      ++f;
+      f_end += frames.tokens;
+    }
+    body(row, b, t, f);
+  }
+}
 
 // Row `index` of the scratch memory.
 PUSA_INLINE float* scratch_row(float* scratch, int64_t width, int index) { return scratch + index * (width + 64); }

@@ -14,13 +14,12 @@ void forward(const ResidualNormForward& a, Span span, float* scratch) {
   constexpr bool kFloat = sizeof(T) == sizeof(float);
   FrameRow gates(a.gate, D, scratch_row(scratch, D, 1)), scales(a.scale, D, scratch_row(scratch, D, 2));
   FrameRow shifts(a.shift, D, scratch_row(scratch, D, 3));
-  for (int64_t i_row = span.first; i_row < span.last; ++i_row) {
-    const int64_t b = i_row / a.size.tokens, t = i_row % a.size.tokens;
+  each_token(a.size, a.frames, span, [&](int64_t i_row, int64_t b, int64_t t, int64_t f) PUSA_LAMBDA {
     const T* x = row<T>(a.x, b, t);
     const Y* y = a.y.data ? row<Y>(a.y, b, t) : nullptr;
     T* r = y ? row<T>(a.r, b, t) : nullptr;
     T* n = row<T>(a.n, b, t);
-    const float *gate = gates.at(b, t), *scale = scales.at(b, t), *shift = shifts.at(b, t);
+    const float *gate = gates.at(b, f), *scale = scales.at(b, f), *shift = shifts.at(b, f);
 
     const float* v = scratch;
     Sum total;
@@ -60,7 +59,7 @@ void forward(const ResidualNormForward& a, Span span, float* scratch) {
     }
     a.mean[i_row] = mean;
     a.rstd[i_row] = rstd;
-  }
+  });
 }
 
 // dx = dr + rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dn * (1 + scale) ; dy = gate * dx.
@@ -69,20 +68,15 @@ void backward(const ResidualNormBackward& a, Span span, float* scratch) {
   const int64_t D = a.size.width;
   const float one = a.affine ? 0.0f : 1.0f;
   FrameRow gates(a.gate, D, scratch_row(scratch, D, 0)), scales(a.scale, D, scratch_row(scratch, D, 1));
-  float* dgate = a.gate_partial ? a.gate_partial + span.block * D : nullptr;
-  float* dscale = a.scale_partial ? a.scale_partial + span.block * D : nullptr;
-  float* dshift = a.shift_partial ? a.shift_partial + span.block * D : nullptr;
-  clear(dgate, D);
-  clear(dscale, D);
-  clear(dshift, D);
-  for (int64_t i_row = span.first; i_row < span.last; ++i_row) {
-    const int64_t b = i_row / a.size.tokens, t = i_row % a.size.tokens;
+  float *const dgate = cleared(a.dgate, D, span), *const dscale = cleared(a.dscale, D, span);
+  float* const dshift = cleared(a.dshift, D, span);
+  each_token(a.size, a.frames, span, [&](int64_t i_row, int64_t b, int64_t t, int64_t f) PUSA_LAMBDA {
     const T *dn = row<T>(a.dn, b, t), *r = row<T>(a.r, b, t);
     const T* dr = a.dr.data ? row<T>(a.dr, b, t) : nullptr;
     const Y* y = dgate ? row<Y>(a.y, b, t) : nullptr;
     T* dx = row<T>(a.dx, b, t);
     Y* dy = a.dy.data ? row<Y>(a.dy, b, t) : nullptr;
-    const float *gate = gates.at(b, t), *scale = scales.at(b, t);
+    const float *gate = gates.at(b, f), *scale = scales.at(b, f);
     const float mean = a.mean[i_row], rstd = a.rstd[i_row];
 
     Sum sum_g, sum_gx;
@@ -107,15 +101,14 @@ void backward(const ResidualNormBackward& a, Span span, float* scratch) {
       if (dy) write(dy + i, out * load(gate + i, lanes), lanes);
       if (dgate) store(dgate + i, load(dgate + i, lanes) + out * read(y + i, lanes), lanes);
     });
-  }
+  });
 }
 
 template <class T>
 void rms_forward(const RmsNormForward& a, Span span, float* scratch) {
   const int64_t D = a.size.width;
   const float* weight = FrameRow(a.weight, D, scratch).at(0, 0);
-  for (int64_t i_row = span.first; i_row < span.last; ++i_row) {
-    const int64_t b = i_row / a.size.tokens, t = i_row % a.size.tokens;
+  each_token(a.size, kOneFrame, span, [&](int64_t i_row, int64_t b, int64_t t, int64_t) PUSA_LAMBDA {
     const T* x = row<T>(a.x, b, t);
     T* n = row<T>(a.n, b, t);
     Sum squares;
@@ -127,7 +120,7 @@ void rms_forward(const RmsNormForward& a, Span span, float* scratch) {
     each(D, [&](int64_t i, auto lanes, int)
                 PUSA_LAMBDA { write(n + i, load(x + i, lanes) * rstd * load(weight + i, lanes), lanes); });
     a.rstd[i_row] = rstd;
-  }
+  });
 }
 
 // dx = rstd * (g - xhat * mean(g * xhat)), g = dn * weight, xhat = x * rstd.
@@ -135,10 +128,8 @@ template <class T>
 void rms_backward(const RmsNormBackward& a, Span span, float* scratch) {
   const int64_t D = a.size.width;
   const float* weight = FrameRow(a.weight, D, scratch).at(0, 0);
-  float* dweight = a.weight_partial ? a.weight_partial + span.block * D : nullptr;
-  clear(dweight, D);
-  for (int64_t i_row = span.first; i_row < span.last; ++i_row) {
-    const int64_t b = i_row / a.size.tokens, t = i_row % a.size.tokens;
+  float* const dweight = cleared(a.dweight, D, span);
+  each_token(a.size, kOneFrame, span, [&](int64_t i_row, int64_t b, int64_t t, int64_t) PUSA_LAMBDA {
     const T *dn = row<T>(a.dn, b, t), *x = row<T>(a.x, b, t);
     T* dx = row<T>(a.dx, b, t);
     const float rstd = a.rstd[i_row];
@@ -153,7 +144,7 @@ void rms_backward(const RmsNormBackward& a, Span span, float* scratch) {
       const Vec xhat = load(x + i, lanes) * rstd, g = load(dn + i, lanes) * load(weight + i, lanes);
       write(dx + i, rstd * (g - xhat * mean_gx), lanes);
     });
-  }
+  });
 }
 
 }  // namespace

@@ -5,8 +5,11 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cpu_features.hpp"
 #include "parallel.hpp"
@@ -104,139 +107,131 @@ void run_rows(const Args& args, void (*kernel)(const Args&, Span, float*), int t
   run_spans(args, kernel, size.batch * size.tokens, step_of(size.width), scratch_floats(size), threads);
 }
 
-// Blocks of rows that lie within one of the `segments` equal shares of all rows.
-struct Blocks {
-  Blocks(const Size& size, std::int64_t segments)
-      : rows(segments ? size.batch * size.tokens / segments : 0),
-        step(std::max(kSummedRows, step_of(size.width))),
-        per_segment(ceil_div(rows, step)),
-        count(per_segment * segments) {}
+// Blocks of rows that lie within one frame of one sequence each. Frames without a token have none.
+class Blocks {
+ public:
+  Blocks(const Size& size, const Frames& frames) : size_(size), frames_(frames), first_(frames.first / frames.tokens) {
+    reached_ = size.tokens > 0 ? (frames.first + size.tokens - 1) / frames.tokens - first_ + 1 : 0;
+    step_ = std::max(kSummedRows, step_of(size.width));
+    per_frame_ = ceil_div(std::min(frames.tokens, size.tokens), step_);
+  }
+
+  std::int64_t count() const { return size_.batch * reached_ * per_frame_; }
 
   Span span(std::int64_t block) const {
-    const std::int64_t start = block / per_segment * rows, offset = block % per_segment * step;
-    return {start + offset, start + std::min(rows, offset + step), block};
+    const std::int64_t b = block / per_frame_ / reached_, f = first_ + block / per_frame_ % reached_;
+    const std::int64_t end = std::min(frames_.tokens * (f + 1) - frames_.first, size_.tokens);
+    const std::int64_t start = std::max<std::int64_t>(frames_.tokens * f - frames_.first, 0);
+    const std::int64_t from = start + block % per_frame_ * step_;
+    return {b * size_.tokens + std::min(from, end), b * size_.tokens + std::min(from + step_, end), block};
   }
 
-  std::int64_t rows, step, per_segment, count;
-};
-
-// Memory for the partial sums of one RowSums: none of its own where each group is one block.
-class Partial {
- public:
-  Partial(RowSums sums, std::int64_t blocks, std::int64_t width) : sums_(sums), blocks_(blocks), width_(width) {
-    if (sums.data && sums.groups != blocks) own_ = allocate(blocks * width);
+  // The blocks [first, second) that add up to one of `groups`, which are the table's frames of each sequence, or one.
+  std::pair<std::int64_t, std::int64_t> of_group(std::int64_t group, std::int64_t groups) const {
+    if (groups == 1) return {0, count()};
+    const std::int64_t f = group % frames_.count - first_;
+    if (f < 0 || f >= reached_) return {0, 0};
+    const std::int64_t start = (group / frames_.count * reached_ + f) * per_frame_;
+    return {start, start + per_frame_};
   }
 
-  float* data() const { return own_ ? own_.get() : sums_.data; }
-
-  // In float64 and in the order of the blocks.
-  void combine(int threads) const {
-    if (!own_) return;
-    constexpr std::int64_t kColumns = 256;
-    const std::int64_t chunks = ceil_div(width_, kColumns), share = blocks_ / sums_.groups;
-    if (blocks_ * width_ < kParallelSums) threads = 1;
-    parallel(sums_.groups * chunks, threads, 0, [&](std::int64_t task, float*) {
-      const std::int64_t group = task / chunks, start = task % chunks * kColumns;
-      const std::int64_t count = std::min(kColumns, width_ - start);
-      double total[kColumns] = {};
-      for (std::int64_t block = group * share; block < (group + 1) * share; ++block) {
-        const float* row = own_.get() + block * width_ + start;
-        for (std::int64_t i = 0; i < count; ++i) total[i] += static_cast<double>(row[i]);
-      }
-      float* out = sums_.data + group * width_ + start;
-      for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(total[i]);
-    });
-  }
+  bool are_groups(std::int64_t groups) const { return groups == count() && (groups == 1 || reached_ == frames_.count); }
 
  private:
-  RowSums sums_;
-  std::int64_t blocks_, width_;
-  Floats own_;
+  Size size_;
+  Frames frames_;
+  std::int64_t first_, reached_, step_, per_frame_;
 };
 
-template <class Args>
-void run_blocks(const Args& args, void (*kernel)(const Args&, Span, float*), const Blocks& blocks, int threads) {
-  const Size& size = args.size;
-  const std::int64_t useful = std::max<std::int64_t>(size.batch * size.tokens / step_of(size.width), 1);
-  parallel(blocks.count, static_cast<int>(std::min<std::int64_t>(threads, useful)), scratch_floats(size),
-           [&](std::int64_t block, float* scratch) { kernel(args, blocks.span(block), scratch); });
+// Adds up the partial sums of each group, in float64 and in the order of the blocks.
+void combine(const RowSums& sums, const Blocks& blocks, std::int64_t width, int threads) {
+  constexpr std::int64_t kColumns = 256;
+  const std::int64_t chunks = ceil_div(width, kColumns);
+  if (blocks.count() * width < kParallelSums) threads = 1;
+  parallel(sums.groups * chunks, threads, 0, [&](std::int64_t task, float*) {
+    const std::int64_t group = task / chunks, start = task % chunks * kColumns;
+    const std::int64_t count = std::min(kColumns, width - start);
+    const auto [first, last] = blocks.of_group(group, sums.groups);
+    double total[kColumns] = {};
+    for (std::int64_t block = first; block < last; ++block) {
+      const float* row = sums.partial + block * width + start;
+      for (std::int64_t i = 0; i < count; ++i) total[i] += static_cast<double>(row[i]);
+    }
+    float* out = sums.data + group * width + start;
+    for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(total[i]);
+  });
 }
+
+// The blocks follow from the shapes alone, so that a sum is the same whatever others are wanted.
+template <class Args>
+void run_blocks(const Args& args, void (*kernel)(const Args&, Span, float*), const Blocks& blocks,
+                std::initializer_list<RowSums*> wanted, int threads) {
+  const Size& size = args.size;
+  std::vector<Floats> memory;
+  bool any = false;
+  for (RowSums* sums : wanted) {
+    if (!sums->data) continue;
+    any = true;
+    sums->partial = sums->data;
+    if (blocks.are_groups(sums->groups)) continue;
+    sums->partial = memory.emplace_back(allocate(blocks.count() * size.width)).get();
+  }
+  if (!any) return run_rows(args, kernel, threads);
+  const std::int64_t useful = std::max<std::int64_t>(size.batch * size.tokens / step_of(size.width), 1);
+  parallel(blocks.count(), static_cast<int>(std::min<std::int64_t>(threads, useful)), scratch_floats(size),
+           [&](std::int64_t block, float* scratch) { kernel(args, blocks.span(block), scratch); });
+  for (const RowSums* sums : wanted) {
+    if (sums->partial != sums->data) combine(*sums, blocks, size.width, threads);
+  }
+}
+
+// Of all rows as one sequence and one frame.
+Blocks all_rows(const Size& size) { return {{1, size.batch * size.tokens, size.width}, kOneFrame}; }
 
 const Kernels& kernels() { return kKernels[current_isa()]; }
 
 }  // namespace
 
-void run(const ResidualNormForward& args, int threads) { run_rows(args, kernels().residual_norm_forward, threads); }
+void run(ResidualNormForward args, int threads) { run_rows(args, kernels().residual_norm_forward, threads); }
 
-void run(ResidualNormBackward args, RowSums gate, RowSums scale, RowSums shift, std::int64_t segments, int threads) {
-  const auto kernel = kernels().residual_norm_backward;
-  if (!gate.data && !scale.data) return run_rows(args, kernel, threads);
-  const Blocks blocks(args.size, segments);
-  const std::int64_t width = args.size.width;
-  const Partial gates(gate, blocks.count, width), scales(scale, blocks.count, width),
-      shifts(shift, blocks.count, width);
-  args.gate_partial = gates.data();
-  args.scale_partial = scales.data();
-  args.shift_partial = shifts.data();
-  run_blocks(args, kernel, blocks, threads);
-  for (const Partial* sums : {&gates, &scales, &shifts}) sums->combine(threads);
+void run(ResidualNormBackward args, int threads) {
+  run_blocks(args, kernels().residual_norm_backward, {args.size, args.frames},
+             {&args.dgate, &args.dscale, &args.dshift}, threads);
 }
 
-void run(const GatedResidualForward& args, int threads) { run_rows(args, kernels().gated_residual_forward, threads); }
+void run(GatedResidualForward args, int threads) { run_rows(args, kernels().gated_residual_forward, threads); }
 
-void run(GatedResidualBackward args, RowSums gate, int threads) {
-  const auto kernel = kernels().gated_residual_backward;
-  if (!gate.data) return run_rows(args, kernel, threads);
-  const Blocks blocks(args.size, gate.groups);
-  const Partial gates(gate, blocks.count, args.size.width);
-  args.gate_partial = gates.data();
-  run_blocks(args, kernel, blocks, threads);
-  gates.combine(threads);
+void run(GatedResidualBackward args, int threads) {
+  run_blocks(args, kernels().gated_residual_backward, {args.size, args.frames}, {&args.dgate}, threads);
 }
 
-void run(const RmsNormForward& args, int threads) { run_rows(args, kernels().rms_norm_forward, threads); }
+void run(RmsNormForward args, int threads) { run_rows(args, kernels().rms_norm_forward, threads); }
 
-void run(RmsNormBackward args, RowSums weight, int threads) {
-  const auto kernel = kernels().rms_norm_backward;
-  if (!weight.data) return run_rows(args, kernel, threads);
-  const Blocks blocks(args.size, weight.groups);
-  const Partial weights(weight, blocks.count, args.size.width);
-  args.weight_partial = weights.data();
-  run_blocks(args, kernel, blocks, threads);
-  weights.combine(threads);
+void run(RmsNormBackward args, int threads) {
+  run_blocks(args, kernels().rms_norm_backward, all_rows(args.size), {&args.dweight}, threads);
 }
 
-void run(const QkRopeForward& args, int threads) { run_rows(args, kernels().qk_rope_forward, threads); }
+void run(QkRopeForward args, int threads) { run_rows(args, kernels().qk_rope_forward, threads); }
 
-void run(QkRopeBackward args, RowSums weight_q, RowSums weight_k, int threads) {
-  const auto kernel = kernels().qk_rope_backward;
-  if (!weight_q.data) return run_rows(args, kernel, threads);
-  const Blocks blocks(args.size, weight_q.groups);
-  const Partial q(weight_q, blocks.count, args.size.width), k(weight_k, blocks.count, args.size.width);
-  args.weight_partial[0] = q.data();
-  args.weight_partial[1] = k.data();
-  run_blocks(args, kernel, blocks, threads);
-  q.combine(threads);
-  k.combine(threads);
+void run(QkRopeBackward args, int threads) {
+  run_blocks(args, kernels().qk_rope_backward, all_rows(args.size), {&args.dweight[0], &args.dweight[1]}, threads);
 }
 
-void run(const GuidedEulerStep& args, int threads) {
+void run(GuidedEulerStep args, int threads) {
   run_spans(args, kernels().guided_euler_step, args.planes, step_of(args.pixels), 0, threads);
 }
 
-void run(const Gelu& args, std::int64_t numel, int threads) {
-  run_spans(args, kernels().gelu, numel, kBlockElements, 0, threads);
+void run(Gelu args, int threads) { run_spans(args, kernels().gelu, args.numel, kBlockElements, 0, threads); }
+
+void run(GeluBackward args, int threads) {
+  run_spans(args, kernels().gelu_backward, args.numel, kBlockElements, 0, threads);
 }
 
-void run(const GeluBackward& args, std::int64_t numel, int threads) {
-  run_spans(args, kernels().gelu_backward, numel, kBlockElements, 0, threads);
-}
-
-void run(const LinearRows& args, int threads) {
+void run(LinearRows args, int threads) {
   run_spans(args, kernels().linear_rows, args.features, step_of(args.in), 0, threads);
 }
 
-void run(const VaeAct& args, int threads) {
+void run(VaeAct args, int threads) {
   const std::int64_t pixels = args.size[0] * args.size[1] * args.size[2] * args.size[3];
   run_spans(args, kernels().vae_act, pixels, step_of(args.channels), kPixelRows * (args.channels + 64), threads);
 }

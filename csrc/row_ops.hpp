@@ -20,22 +20,36 @@ struct Rows {
   std::int64_t batch, token;
 };
 
-// A row per frame: `frame` [B, F, D] at frame + b * batch + f * step (token n is of frame n / tokens), plus the row
-// `base` [D]. Either may be absent (null), and both: no table.
+// The row of frame f and sequence b is at data + b * batch + f * step, strides in elements: a table [B, F, D], or one
+// row [D] for all, whose strides are 0. data null: absent.
 struct Table {
-  const void* frame;
-  const void* base;
-  Type frame_type, base_type;
-  std::int64_t batch, step, tokens;
+  const void* data;
+  Type type;
+  std::int64_t batch, step;
 };
+
+// Token t of a sequence belongs to frame (first + t) / tokens, one of the `count` rows of every table of its op.
+struct Frames {
+  std::int64_t tokens, first, count;
+};
+constexpr Frames kOneFrame = {INT64_MAX, 0, 1};
 
 struct Size {
   std::int64_t batch, tokens, width;
 };
 
+// Sums over tokens, float32 [groups, D]: one group for each sequence and frame, or one for all. data null: unwanted.
+// `partial` is set by run(): each block of rows writes its sums to a row [D] of it.
+struct RowSums {
+  float* data;
+  std::int64_t groups;
+  float* partial;
+};
+
 // r = x + gate * y ; n = LN(r) * (1 + scale) + shift, or LN(r) * scale + shift where `affine`, or LN(r) without scale.
 struct ResidualNormForward {
   Size size;
+  Frames frames;
   Rows x, y, r, n;
   Table gate, scale, shift;
   bool affine;
@@ -44,30 +58,30 @@ struct ResidualNormForward {
   float eps;
 };
 
-// The partials of backward passes: each block of rows writes its sums to a row of its own. null: unwanted.
 struct ResidualNormBackward {
   Size size;
+  Frames frames;
   Rows dr, dn, r, y, dx, dy;
   Table gate, scale;
   bool affine;
   const float* mean;
   const float* rstd;
-  float* gate_partial;   // [blocks, D]: sums of dx * y
-  float* scale_partial;  // [blocks, D]: sums of dn * xhat
-  float* shift_partial;  // [blocks, D]: sums of dn
+  RowSums dgate, dscale, dshift;  // of dx * y, dn * xhat, dn
 };
 
 struct GatedResidualForward {  // r = x + gate * y
   Size size;
+  Frames frames;
   Rows x, y, r;
   Table gate;
 };
 
 struct GatedResidualBackward {  // dy = gate * dr
   Size size;
+  Frames frames;
   Rows dr, y, dy;
   Table gate;
-  float* gate_partial;  // [blocks, D]: sums of dr * y
+  RowSums dgate;  // of dr * y
 };
 
 struct RmsNormForward {
@@ -83,14 +97,15 @@ struct RmsNormBackward {
   Rows dn, x, dx;
   Table weight;
   const float* rstd;
-  float* weight_partial;  // [blocks, D]: sums of dn * x * rstd
+  RowSums dweight;  // of dn * x * rstd
 };
 
-// Columns of a head turned by frame, row and column are split as rope_split of kernels/reference.py says.
+// Token t of a sequence is number first + t of a clip of frames * height * width tokens. Columns of a head are rotated
+// by its frame, row and column as rope_split of kernels/reference.py says.
 struct Rope {
-  const float* cos;  // [P, head / 2]
+  const float* cos;  // [P, head / 2], P at least frames, height and width
   const float* sin;
-  std::int64_t head, frames, height, width;
+  std::int64_t head, frames, height, width, first;
 };
 
 // Index 0 is q, 1 is k.
@@ -109,7 +124,7 @@ struct QkRopeBackward {
   Rows dout[2], in[2], din[2];
   Table weight[2];
   const float* rstd[2];
-  float* weight_partial[2];  // [blocks, D] each
+  RowSums dweight[2];
 };
 
 // x, v, v_neg, out contiguous [B * C, F, pixels]; dsigma [F].
@@ -129,6 +144,7 @@ struct Gelu {
   const void* x;
   void* out;
   Type type;
+  std::int64_t numel;
 };
 
 // x: gelu's input. dx may be dy.
@@ -137,6 +153,7 @@ struct GeluBackward {
   const void* x;
   void* dx;
   Type type;
+  std::int64_t numel;
 };
 
 // out[r] = weight x[r] + bias, each row by itself: the same bits whatever other rows there are. x [R, in] and out
@@ -145,8 +162,7 @@ struct LinearRows {
   std::int64_t rows, in, features;
   const float* x;
   Rows weight;
-  const void* bias;  // null: none
-  Type bias_type;
+  Table bias;
   float* out;
 };
 
@@ -166,34 +182,30 @@ struct VaeAct {
   std::int64_t size[4];  // B, T, H, W of r and out
   std::int64_t channels;
   Pixels y, x, r, out;
-  Table gamma, bias;  // a base row or nothing
+  Table gamma, bias;
   bool silu, upsampled;
 };
 
-// Where sums over rows go: float32 [groups, D], each the sum over an equal share of the rows. null: unwanted.
-struct RowSums {
-  float* data;
-  std::int64_t groups;
-};
+#define PUSA_ROW_KERNELS(DO)                         \
+  DO(residual_norm_forward, ResidualNormForward)     \
+  DO(residual_norm_backward, ResidualNormBackward)   \
+  DO(gated_residual_forward, GatedResidualForward)   \
+  DO(gated_residual_backward, GatedResidualBackward) \
+  DO(rms_norm_forward, RmsNormForward)               \
+  DO(rms_norm_backward, RmsNormBackward)             \
+  DO(qk_rope_forward, QkRopeForward)                 \
+  DO(qk_rope_backward, QkRopeBackward)               \
+  DO(guided_euler_step, GuidedEulerStep)             \
+  DO(gelu, Gelu)                                     \
+  DO(gelu_backward, GeluBackward)                    \
+  DO(linear_rows, LinearRows)                        \
+  DO(vae_act, VaeAct)
 
 // Entry points: the best kernel for this processor (or the one asked for), on at most `threads` threads. Shapes and
-// memory are trusted; the partials in the arguments are filled in here. Throw std::invalid_argument if PUSA_NATIVE_ISA
-// is wrong.
-void run(const ResidualNormForward& args, int threads);
-// `segments`: equal shares of the rows that no block of them crosses, a multiple of every `groups`. From the tables'
-// shapes alone, so that a sum is the same whatever others are wanted.
-void run(ResidualNormBackward args, RowSums gate, RowSums scale, RowSums shift, std::int64_t segments, int threads);
-void run(const GatedResidualForward& args, int threads);
-void run(GatedResidualBackward args, RowSums gate, int threads);
-void run(const RmsNormForward& args, int threads);
-void run(RmsNormBackward args, RowSums weight, int threads);
-void run(const QkRopeForward& args, int threads);
-void run(QkRopeBackward args, RowSums weight_q, RowSums weight_k, int threads);
-void run(const GuidedEulerStep& args, int threads);
-void run(const Gelu& args, std::int64_t numel, int threads);
-void run(const GeluBackward& args, std::int64_t numel, int threads);
-void run(const LinearRows& args, int threads);
-void run(const VaeAct& args, int threads);
+// memory are trusted. Throw std::invalid_argument if PUSA_NATIVE_ISA is wrong.
+#define PUSA_RUN(name, Args) void run(Args args, int threads);
+PUSA_ROW_KERNELS(PUSA_RUN)
+#undef PUSA_RUN
 
 // Instruction sets: "base", "avx2" (with FMA), "avx512" (F and BW). The widest usable one serves, or the one named by
 // the environment variable PUSA_NATIVE_ISA. Both throw std::invalid_argument for a name that is unknown or unusable
@@ -214,21 +226,6 @@ struct Span {
 
 constexpr int kScratchRows = 5;
 constexpr int kPixelRows = 18;  // of vae_act: 16 pixels, two tables
-
-#define PUSA_ROW_KERNELS(DO)                         \
-  DO(residual_norm_forward, ResidualNormForward)     \
-  DO(residual_norm_backward, ResidualNormBackward)   \
-  DO(gated_residual_forward, GatedResidualForward)   \
-  DO(gated_residual_backward, GatedResidualBackward) \
-  DO(rms_norm_forward, RmsNormForward)               \
-  DO(rms_norm_backward, RmsNormBackward)             \
-  DO(qk_rope_forward, QkRopeForward)                 \
-  DO(qk_rope_backward, QkRopeBackward)               \
-  DO(guided_euler_step, GuidedEulerStep)             \
-  DO(gelu, Gelu)                                     \
-  DO(gelu_backward, GeluBackward)                    \
-  DO(linear_rows, LinearRows)                        \
-  DO(vae_act, VaeAct)
 
 #define PUSA_DECLARE(name, Args) void name(const Args& args, Span span, float* scratch);
 namespace base {

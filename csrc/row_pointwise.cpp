@@ -9,37 +9,34 @@ namespace {
 template <class T, class Y>
 void gated_forward(const GatedResidualForward& a, Span span, float* scratch) {
   FrameRow gates(a.gate, a.size.width, scratch);
-  for (int64_t i_row = span.first; i_row < span.last; ++i_row) {
-    const int64_t b = i_row / a.size.tokens, t = i_row % a.size.tokens;
+  each_token(a.size, a.frames, span, [&](int64_t, int64_t b, int64_t t, int64_t f) PUSA_LAMBDA {
     const T* x = row<T>(a.x, b, t);
     const Y* y = row<Y>(a.y, b, t);
     T* r = row<T>(a.r, b, t);
-    const float* gate = gates.at(b, t);
+    const float* gate = gates.at(b, f);
     each(a.size.width, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
       const Vec stream = read(x + i, lanes), update = read(y + i, lanes);
       write(r + i, gate ? stream + load(gate + i, lanes) * update : stream + update, lanes);
     });
-  }
+  });
 }
 
 template <class T, class Y>
 void gated_backward(const GatedResidualBackward& a, Span span, float* scratch) {
   const int64_t D = a.size.width;
   FrameRow gates(a.gate, D, scratch);
-  float* dgate = a.gate_partial ? a.gate_partial + span.block * D : nullptr;
-  clear(dgate, D);
-  for (int64_t i_row = span.first; i_row < span.last; ++i_row) {
-    const int64_t b = i_row / a.size.tokens, t = i_row % a.size.tokens;
+  float* const dgate = cleared(a.dgate, D, span);
+  each_token(a.size, a.frames, span, [&](int64_t, int64_t b, int64_t t, int64_t f) PUSA_LAMBDA {
     const T* dr = row<T>(a.dr, b, t);
     const Y* y = dgate ? row<Y>(a.y, b, t) : nullptr;
     Y* dy = row<Y>(a.dy, b, t);
-    const float* gate = gates.at(b, t);
+    const float* gate = gates.at(b, f);
     each(D, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
       const Vec d = read(dr + i, lanes);
       if (dgate) store(dgate + i, load(dgate + i, lanes) + d * read(y + i, lanes), lanes);
       write(dy + i, d * load(gate + i, lanes), lanes);
     });
-  }
+  });
 }
 
 // span counts planes [frames]: plane p is of frame p % frames.
@@ -118,7 +115,7 @@ void linear_span(const LinearRows& a, Span span) {
   for (int64_t feature = span.first; feature < span.last; ++feature) {
     const W_* weight = row<W_>(a.weight, 0, feature);
     float bias = 0.0f;
-    if (a.bias) bias = load(static_cast<const B*>(a.bias) + feature, First{1})[0];
+    if (a.bias.data) bias = load(static_cast<const B*>(a.bias.data) + feature, First{1})[0];
     for (int64_t r = 0; r < a.rows; ++r) {
       const float* x = a.x + r * a.in;
       Sum product;
@@ -158,7 +155,7 @@ void gelu_backward(const GeluBackward& args, Span span, float*) {
 
 void linear_rows(const LinearRows& args, Span span, float*) {
   with_type(args.weight.type, [&](auto weight) {
-    with_type(args.bias_type, [&](auto bias) { linear_span<decltype(weight), decltype(bias)>(args, span); });
+    with_type(args.bias.type, [&](auto bias) { linear_span<decltype(weight), decltype(bias)>(args, span); });
   });
 }
 

@@ -20,8 +20,8 @@ class Angles {
   PUSA_INLINE const float* cos() const { return cos_; }
   PUSA_INLINE const float* sin() const { return sin_; }
 
-  void move_to(int64_t token) {
-    const int64_t half = rope_.head / 2, third = rope_.head / 6;
+  void move_to(int64_t t) {
+    const int64_t token = rope_.first + t, half = rope_.head / 2, third = rope_.head / 6;
     const int64_t bounds[4] = {0, half - 2 * third, half - third, half};
     const int64_t position[3] = {token / (rope_.height * rope_.width), token / rope_.width % rope_.height,
                                  token % rope_.width};
@@ -46,39 +46,55 @@ class Angles {
   int64_t position_[3] = {-1, -1, -1};
 };
 
+// What both directions share: the angles, and q's and k's weights in float32. Takes rows 0 .. 3 of the scratch memory.
+struct Factors {
+  Angles angles;
+  const float* weights[2];
+
+  template <class Args>
+  Factors(const Args& a, float* scratch)
+      : angles(a.rope, a.size.width, scratch_row(scratch, a.size.width, 0), scratch_row(scratch, a.size.width, 1)) {
+    for (int which = 0; which < 2; ++which) {
+      float* room = scratch_row(scratch, a.size.width, 2 + which);
+      weights[which] = FrameRow(a.weight[which], a.size.width, room).at(0, 0);
+    }
+  }
+};
+
+// body(i, j, lanes, chain) for column i of a row and j of the angles.
+template <class Body>
+PUSA_INLINE void each_column(int64_t width, int64_t period, Body body) {
+  for (int64_t start = 0; start < width; start += period) {
+    each(start + period < width ? period : width - start,
+         [&](int64_t j, auto lanes, int chain) PUSA_LAMBDA { body(start + j, j, lanes, chain); });
+  }
+}
+
 template <class T>
 void forward(const QkRopeForward& a, Span span, float* scratch) {
   const int64_t D = a.size.width;
-  Angles angles(a.rope, D, scratch_row(scratch, D, 0), scratch_row(scratch, D, 1));
-  const float* weights[2];
-  for (int which = 0; which < 2; ++which) {
-    weights[which] = FrameRow(a.weight[which], D, scratch_row(scratch, D, 2 + which)).at(0, 0);
-  }
-  const int64_t period = angles.period();
-  const float *cos = angles.cos(), *sin = angles.sin();
-  for (int64_t i_row = span.first; i_row < span.last; ++i_row) {
-    const int64_t b = i_row / a.size.tokens, t = i_row % a.size.tokens;
-    angles.move_to(t);
+  Factors factors(a, scratch);
+  const int64_t period = factors.angles.period();
+  const float *cos = factors.angles.cos(), *sin = factors.angles.sin();
+  each_token(a.size, kOneFrame, span, [&](int64_t i_row, int64_t b, int64_t t, int64_t) PUSA_LAMBDA {
+    factors.angles.move_to(t);
     for (int which = 0; which < 2; ++which) {
       const T* x = row<T>(a.in[which], b, t);
       T* out = row<T>(a.out[which], b, t);
-      const float* weight = weights[which];
+      const float* weight = factors.weights[which];
       Sum squares;
       each(D, [&](int64_t i, auto lanes, int chain) PUSA_LAMBDA {
         const Vec v = read(x + i, lanes);
         squares.chain[chain] += v * v;
       });
       const float rstd = reciprocal_root(squares.total() / static_cast<float>(D) + a.eps);
-      for (int64_t start = 0; start < D; start += period) {
-        each(start + period < D ? period : D - start, [&](int64_t j, auto lanes, int) PUSA_LAMBDA {
-          const int64_t i = start + j;
-          const Vec n = load(x + i, lanes) * rstd * load(weight + i, lanes);
-          write(out + i, n * load(cos + j, lanes) + swap_pairs(n) * load(sin + j, lanes), lanes);
-        });
-      }
+      each_column(D, period, [&](int64_t i, int64_t j, auto lanes, int) PUSA_LAMBDA {
+        const Vec n = load(x + i, lanes) * rstd * load(weight + i, lanes);
+        write(out + i, n * load(cos + j, lanes) + swap_pairs(n) * load(sin + j, lanes), lanes);
+      });
       a.rstd[which][i_row] = rstd;
     }
-  }
+  });
 }
 
 // dn is dout turned back, dout * cos - swap_pairs(dout) * sin ; then the RMSNorm's: g = dn * weight,
@@ -86,47 +102,35 @@ void forward(const QkRopeForward& a, Span span, float* scratch) {
 template <class T>
 void backward(const QkRopeBackward& a, Span span, float* scratch) {
   const int64_t D = a.size.width;
-  Angles angles(a.rope, D, scratch_row(scratch, D, 0), scratch_row(scratch, D, 1));
-  const float* weights[2];
-  for (int which = 0; which < 2; ++which) {
-    weights[which] = FrameRow(a.weight[which], D, scratch_row(scratch, D, 2 + which)).at(0, 0);
-  }
-  const int64_t period = angles.period();
-  const float *cos = angles.cos(), *sin = angles.sin();
+  Factors factors(a, scratch);
+  const int64_t period = factors.angles.period();
+  const float *cos = factors.angles.cos(), *sin = factors.angles.sin();
   float* g = scratch_row(scratch, D, 4);
-  float* dweights[2];
-  for (int which = 0; which < 2; ++which) {
-    dweights[which] = a.weight_partial[which] ? a.weight_partial[which] + span.block * D : nullptr;
-    clear(dweights[which], D);
-  }
-  for (int64_t i_row = span.first; i_row < span.last; ++i_row) {
-    const int64_t b = i_row / a.size.tokens, t = i_row % a.size.tokens;
-    angles.move_to(t);
+  float* const dweights[2] = {cleared(a.dweight[0], D, span), cleared(a.dweight[1], D, span)};
+  each_token(a.size, kOneFrame, span, [&](int64_t i_row, int64_t b, int64_t t, int64_t) PUSA_LAMBDA {
+    factors.angles.move_to(t);
     for (int which = 0; which < 2; ++which) {
       const T *dout = row<T>(a.dout[which], b, t), *x = row<T>(a.in[which], b, t);
       T* dx = row<T>(a.din[which], b, t);
-      const float* weight = weights[which];
+      const float* weight = factors.weights[which];
       float* dweight = dweights[which];
       const float rstd = a.rstd[which][i_row];
       Sum sum_gx;
-      for (int64_t start = 0; start < D; start += period) {
-        each(start + period < D ? period : D - start, [&](int64_t j, auto lanes, int chain) PUSA_LAMBDA {
-          const int64_t i = start + j;
-          const Vec d = read(dout + i, lanes), xhat = read(x + i, lanes) * rstd;
-          const Vec dn = d * load(cos + j, lanes) - swap_pairs(d) * load(sin + j, lanes);
-          const Vec dxhat = dn * load(weight + i, lanes);
-          sum_gx.chain[chain] += dxhat * xhat;
-          store(g + i, dxhat, lanes);
-          if (dweight) store(dweight + i, load(dweight + i, lanes) + dn * xhat, lanes);
-        });
-      }
+      each_column(D, period, [&](int64_t i, int64_t j, auto lanes, int chain) PUSA_LAMBDA {
+        const Vec d = read(dout + i, lanes), xhat = read(x + i, lanes) * rstd;
+        const Vec dn = d * load(cos + j, lanes) - swap_pairs(d) * load(sin + j, lanes);
+        const Vec dxhat = dn * load(weight + i, lanes);
+        sum_gx.chain[chain] += dxhat * xhat;
+        store(g + i, dxhat, lanes);
+        if (dweight) store(dweight + i, load(dweight + i, lanes) + dn * xhat, lanes);
+      });
       const float mean_gx = sum_gx.total() / static_cast<float>(D);
       each(D, [&](int64_t i, auto lanes, int) PUSA_LAMBDA {
         const Vec xhat = load(x + i, lanes) * rstd;
         write(dx + i, rstd * (load(g + i, lanes) - xhat * mean_gx), lanes);
       });
     }
-  }
+  });
 }
 
 }  // namespace

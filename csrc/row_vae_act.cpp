@@ -142,10 +142,10 @@ PUSA_INLINE void ahead(T* p, int write) {
 template <class T>
 float* row_in_order(const Table& table, int64_t channels, float factor, float neutral, float* room) {
   const auto value = [&](int64_t i) {
-    if (!table.base) return neutral;
+    if (!table.data) return neutral;
     float v = 0.0f;
-    with_type(table.base_type,
-              [&](auto type) { v = factor * load(static_cast<const decltype(type)*>(table.base) + i, First{1})[0]; });
+    with_type(table.type,
+              [&](auto type) { v = factor * load(static_cast<const decltype(type)*>(table.data) + i, First{1})[0]; });
     return v == v ? v : __builtin_nanf("");
   };
   constexpr bool kPairs = sizeof(T) == 2;
@@ -158,42 +158,60 @@ float* row_in_order(const Table& table, int64_t channels, float factor, float ne
   return room;
 }
 
-// The pixels of one span, a run of them along W at a time.
-struct Run {
-  int64_t b, t, h, w, count;
-};
-
-template <class Body>
-PUSA_INLINE void each_run(const VaeAct& a, Span span, Body body) {
-  for (int64_t i = span.first; i < span.last;) {
-    const int64_t row = i / a.size[3], w = i % a.size[3];
-    const int64_t left = a.size[3] - w, count = left < span.last - i ? left : span.last - i;
-    body(Run{row / a.size[2] / a.size[1], row / a.size[2] % a.size[1], row % a.size[2], w, count});
-    i += count;
-  }
-}
-
+// Where the tensors have pixel i of B, T, H, W, and each pixel after it.
 template <class T>
-PUSA_INLINE T* start(const Pixels& p, const Run& run) {
-  return static_cast<T*>(p.data) + run.b * p.stride[0] + run.t * p.stride[1] + run.h * p.stride[2] +
-         run.w * p.stride[3];
-}
-
-// Where y has the first channel of pixel w of a run's row.
-template <class T>
-struct Source {
-  const T* row;
-  int64_t step, channels;
-  bool upsampled;
-
-  PUSA_INLINE Source(const VaeAct& a, const Run& run)
-      : step(a.y.stride[3]), channels(a.channels), upsampled(a.upsampled) {
-    const int64_t lower = run.h & 1, h = upsampled ? (run.h >> 1) + lower : run.h;
-    row = start<T>(a.y, Run{run.b, run.t, h, 0, 0}) + (upsampled ? 2 * lower * channels : 0);
+class Walk {
+ public:
+  Walk(const VaeAct& a, int64_t i) : a_(a), w_(i % a.size[3]) {
+    i /= a.size[3];
+    h_ = i % a.size[2];
+    i /= a.size[2];
+    t_ = i % a.size[1];
+    b_ = i / a.size[1];
+    enter_row();
   }
-  PUSA_INLINE const T* at(int64_t w) const {
-    return upsampled ? row + ((w >> 1) + (w & 1)) * step + (w & 1) * channels : row + w * step;
+
+  PUSA_INLINE const T* y() const {
+    return a_.upsampled ? y_ + ((w_ >> 1) + (w_ & 1)) * a_.y.stride[3] + (w_ & 1) * a_.channels
+                        : y_ + w_ * a_.y.stride[3];
   }
+  PUSA_INLINE const T* x() const { return x_ + w_ * a_.x.stride[3]; }
+  PUSA_INLINE T* r() const { return r_ + w_ * a_.r.stride[3]; }
+  PUSA_INLINE T* out() const { return out_ + w_ * a_.out.stride[3]; }
+
+  PUSA_INLINE void next() {
+    if (++w_ == a_.size[3]) next_row();
+  }
+
+ private:
+  void next_row() {
+    w_ = 0;
+    if (++h_ == a_.size[2]) {
+      h_ = 0;
+      if (++t_ == a_.size[1]) {
+        t_ = 0;
+        ++b_;
+      }
+    }
+    if (b_ < a_.size[0]) enter_row();
+  }
+
+  void enter_row() {
+    const int64_t lower = h_ & 1;
+    y_ = row(a_.y, a_.upsampled ? (h_ >> 1) + lower : h_) + (a_.upsampled ? 2 * lower * a_.channels : 0);
+    x_ = row(a_.x, h_);
+    r_ = row(a_.r, h_);
+    out_ = row(a_.out, h_);
+  }
+
+  T* row(const Pixels& p, int64_t h) const {
+    return p.data ? static_cast<T*>(p.data) + b_ * p.stride[0] + t_ * p.stride[1] + h * p.stride[2] : nullptr;
+  }
+
+  const VaeAct& a_;
+  int64_t b_, t_, h_, w_;
+  const T *y_, *x_;
+  T *r_, *out_;
 };
 
 // What follows the norm. |s / ||s||| <= 1, so that the largest gamma bounds the argument of SiLU.
@@ -278,42 +296,36 @@ void act(const VaeAct& a, Span span, float* scratch) {
   const float* bias = row_in_order<T>(a.bias, C, 1.0f, -0.0f, scratch_row(scratch, C, W));  // s + -0.0 is s, -0.0 too
   const float* gamma = row_in_order<T>(a.gamma, C, sqrtf(static_cast<float>(C)), 0.0f, scratch_row(scratch, C, W + 1));
   const Last last = last_step(a, gamma);
-  each_run(a, span, [&](const Run& run) PUSA_LAMBDA {
-    const Source<T> source(a, run);
-    const T* x = kX ? start<T>(a.x, run) : nullptr;
-    T* r = kR ? start<T>(a.r, run) : nullptr;
-    T* out = kOut ? start<T>(a.out, run) : nullptr;
-    for (int64_t first = 0; first < run.count; first += group) {
-      const int64_t count = group < run.count - first ? group : run.count - first;
-      Vec squares[W] = {};
-      for (int64_t k = 0; k < count; ++k) {
-        const int64_t w = first + k;
-        squares[k] =
-            add_up<T, kX, kR, kOut>(C, source.at(run.w + w), bias, kX ? x + w * a.x.stride[3] : nullptr,
-                                    kR ? r + w * a.r.stride[3] : nullptr, scratch_row(scratch, C, static_cast<int>(k)));
-      }
-      if constexpr (kOut) {
-        float factor[W];
-        factors(squares, factor);
-        for (int64_t k = 0; k < count; ++k) {
-          const float* sum = scratch_row(scratch, C, static_cast<int>(k));
-          T* pixel = out + (first + k) * a.out.stride[3];
-          const Vec scale = broadcast(factor[k]);
-          switch (last) {
-            case Last::identity:
-              finish<T, Last::identity>(sum, gamma, pixel, C, scale);
-              break;
-            case Last::silu:
-              finish<T, Last::silu>(sum, gamma, pixel, C, scale);
-              break;
-            case Last::bounded_silu:
-              finish<T, Last::bounded_silu>(sum, gamma, pixel, C, scale);
-              break;
-          }
+  Walk<T> walk(a, span.first);
+  for (int64_t first = span.first; first < span.last; first += group) {
+    const int count = static_cast<int>(group < span.last - first ? group : span.last - first);
+    T* pixels[W];
+    Vec squares[W] = {};
+    for (int k = 0; k < count; ++k, walk.next()) {
+      squares[k] = add_up<T, kX, kR, kOut>(C, walk.y(), bias, kX ? walk.x() : nullptr, kR ? walk.r() : nullptr,
+                                           scratch_row(scratch, C, k));
+      if constexpr (kOut) pixels[k] = walk.out();
+    }
+    if constexpr (kOut) {
+      float factor[W];
+      factors(squares, factor);
+      for (int k = 0; k < count; ++k) {
+        const float* sum = scratch_row(scratch, C, k);
+        const Vec scale = broadcast(factor[k]);
+        switch (last) {
+          case Last::identity:
+            finish<T, Last::identity>(sum, gamma, pixels[k], C, scale);
+            break;
+          case Last::silu:
+            finish<T, Last::silu>(sum, gamma, pixels[k], C, scale);
+            break;
+          case Last::bounded_silu:
+            finish<T, Last::bounded_silu>(sum, gamma, pixels[k], C, scale);
+            break;
         }
       }
     }
-  });
+  }
 }
 
 template <class T, bool kX>

@@ -1,7 +1,8 @@
-"""How many rows a program of a row kernel takes, how wide its tile is and how many warps share it: closed forms, no autotuning.
+"""Rows to a program of a row kernel, and warps that share them: closed forms, no autotuning.
 
-These kernels wait for memory, so what matters is bytes in flight and no spilled registers, not the shape's exact best.
-Narrow rows share a program, so that none is tiny; 16 elements a thread keep several float32 tiles in registers.
+These kernels wait for memory, so what matters is bytes in flight and no spilled registers, not the
+best tile for every shape. Narrow rows share a program, so that no program is tiny; 16 elements a
+thread keep several float32 tiles in registers.
 """
 
 from __future__ import annotations
@@ -31,26 +32,28 @@ def interpreted() -> bool:
 
 
 def power_of_2(n: int) -> int:
-    """The next one, n included. Triton's own takes microseconds, of a launch's ten."""
+    """The next one, n included. Triton's own takes microseconds, of a launch's tens."""
     return 1 << (n - 1).bit_length()
 
 
 def row_launch(
     rows: int, width: int, per_thread: int = _PER_THREAD, shared_per_thread: int = _PER_THREAD, tile: int = _MIN_TILE
 ) -> RowLaunch:
-    """A launch that covers `rows` rows of `width` elements, each row within one program. Raises ValueError: too wide.
+    """A launch that covers `rows` rows of `width` elements, each row within one program.
 
-    A thread has at most `per_thread` elements of a row that is alone in its program, unless that takes over 16 warps. Narrow
-    rows fill a program's `tile` of elements, `shared_per_thread` of them to a thread.
+    A thread has at most `per_thread` elements of a row that is alone in its program, unless that
+    takes over 16 warps. Narrow rows fill a program's `tile` of elements, `shared_per_thread` of
+    them to a thread. The tile does not depend on `rows`: a row of a shard is added up in the same
+    order as in the whole sequence. Raises ValueError: too wide.
     """
     if width > MAX_WIDTH:
         raise ValueError(
             f"row kernels take rows of at most {MAX_WIDTH} elements, got {width}: use the reference backend"
         )
     block = max(16, power_of_2(width))
-    # The interpreter pays per program, not per element.
-    tile = _INTERPRETER_TILE if interpreted() else tile
-    per_program = max(1, min(tile // block, power_of_2(max(rows, 1))))
+    per_program = max(1, tile // block)
+    if interpreted():  # which pays per program, and adds up every row alone
+        per_program = max(1, min(_INTERPRETER_TILE // block, power_of_2(max(rows, 1))))
     if per_program == 1:
         warps = power_of_2(-(-width // (32 * per_thread)))  # ptxas drops what threads would do beyond the width
     else:

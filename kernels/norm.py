@@ -1,7 +1,9 @@
 """RMSNorm over the last dimension: n = x * rstd * weight, rstd = 1 / sqrt(mean_D(x^2) + eps).
 
-x [..., D], often a strided half of a packed projection; weight [D]. Backwards, with xhat = x * rstd and g = dn * weight:
-dx = rstd * (g - xhat * mean_D(g * xhat)), dweight = sum over rows of dn * xhat.
+x [..., D], often a strided half of a packed projection; weight [D]. Backward, with xhat = x * rstd
+and g = dn * weight:
+
+    dx = rstd * (g - xhat * mean_D(g * xhat)),    dweight = sum over rows of dn * xhat
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from pusa_fast.kernels._launch import row_launch
 from pusa_fast.kernels._tokens import (
     accumulator,
     as_row,
+    as_rows,
     as_sequences,
-    as_tokens,
     load_row,
     load_tokens,
     store_tokens,
@@ -63,7 +65,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     if x.numel():
         launch = row_launch(L, D, _PER_THREAD)
         rms_norm_forward_kernel[(B * launch.programs,)](
-            as_tokens(x), as_row(weight), n, rstd, L,
+            as_rows(x), as_row(weight), n, rstd, L,
             eps=eps, D=D, acc=triton_accumulator(x), BR=launch.rows, BD=launch.block, num_warps=launch.warps,
         )  # fmt: skip
     return n, rstd
@@ -72,7 +74,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
 def rms_norm_backward(
     dn: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, want_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(dx, dweight): dx [..., D] contiguous in x's dtype, dweight [D] in the accumulator's or None."""
+    """(dx [..., D] contiguous in x's dtype, dweight [D] in the accumulator's or None)."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x = as_sequences(x)
     dn = unit_stride(dn.reshape(x.shape))
@@ -80,7 +82,7 @@ def rms_norm_backward(
     if x.numel():
         launch = row_launch(L, D, _PER_THREAD)
         rms_norm_backward_kernel[(B * launch.programs,)](
-            as_tokens(dn), as_tokens(x), as_row(weight), rstd, dx, L,
+            as_rows(dn), as_rows(x), as_row(weight), rstd, dx, L,
             D=D, acc=triton_accumulator(x), BR=launch.rows, BD=launch.block, num_warps=launch.warps,
         )  # fmt: skip
-    return dx, frame_products(dn, x, 1, rstd).sum((0, 1)) if want_weight else None
+    return dx, frame_products(dn, x, 1, L, 0, rstd).sum((0, 1)) if want_weight else None

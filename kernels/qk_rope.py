@@ -1,57 +1,50 @@
-"""RMSNorm of q and of k over all heads, then 3-D rotary embedding of adjacent pairs: one pass over a packed QKV projection.
+"""RMSNorm of q and of k over all heads, then 3-D rotary embedding, in one pass over packed QKV.
 
     n = x * rstd * weight,  rstd = 1 / sqrt(mean_HK(x^2) + eps)
     out[2j] = n[2j] * cos - n[2j+1] * sin,  out[2j+1] = n[2j] * sin + n[2j+1] * cos
 
-x is q or k, [B, L, H, K]; weight [H*K]; token t stands at (t // (h*w), t // w % h, t % w) of the grid (F, h, w), and pair
-j takes its angle from row p of cos, sin [P, K/2], p being the token's frame, row or column as `rope_split(K)` says. With dn
-the gradient of n (dout turned back), g = dn * weight and xhat = x * rstd:
+x is q or k, [B, L, H, K]; weight [H*K]. Token l has the position (t // (h*w), t // w % h, t % w),
+t = first_token + l, in the whole clip's grid (F, h, w). Pair j takes its angle from row p of cos,
+sin [P, K/2]; p is the token's frame, row or column as `rope_split(K)` says. Backward, with dn the
+gradient of n (dout rotated back), g = dn * weight and xhat = x * rstd:
 
     dx = rstd * (g - xhat * mean_HK(g * xhat)),  dweight = sum over tokens of dn * xhat
 
-A program holds whole tokens as tiles [BT, BH, BK] of tokens, heads and columns, so that a token's angles are fetched once
-for all heads. `i_b` is its sequence, `i_t` [BT, 1, 1] its tokens, `i_h` [1, BH, 1] and `i_k` [1, 1, BK] heads and columns.
+A program takes whole tokens as tiles [BT, BH, BK] of tokens, heads and columns, so that a token's
+angles are fetched once for all heads. `i_b` is its sequence, `i_t` [BT, 1, 1] its tokens, `i_h`
+[1, BH, 1] and `i_k` [1, 1, BK] heads and columns.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pusa_fast.kernels._launch import row_launch
+from pusa_fast.kernels._launch import power_of_2, row_launch
 from pusa_fast.kernels._tokens import accumulator, as_row, triton_accumulator, unit_stride
 from pusa_fast.kernels.reference import rope_split
 
-# Elements of q, and as many of k, in one thread. Fewer, and warps would spend more instructions on addresses, angles and
-# sums than on them: instructions, not bytes, would set the pace.
+# Elements of q, and as many of k, in one thread. With fewer, most instructions would compute
+# addresses, angles and sums, and instructions, not bytes, would limit the speed.
 _PER_THREAD = 40
-# Programs that add up weight gradients: about what runs at once on the largest GPUs, and a constant, so that the order of
-# additions does not depend on the card.
+# Programs that add up weight gradients: about what runs at once on the largest GPUs. A constant, so
+# that the order of additions does not depend on the card.
 _PARTIAL_SUMS = 256
-
-
-class Heads(NamedTuple):
-    """A tensor [B, L, H, K] with unit last stride: a view of a packed projection, or attention's gradient."""
-
-    data: Tensor
-    stride_b: int
-    stride_l: int
-    stride_h: int
 
 
 @triton.jit
 def _tile(i, L, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
-    """(i_b, i_t, i_h, i_k, m_t, m_w, m_x) of the i-th tile: masks of its tokens, of a weight, of both."""
+    """(i_b, i_t, i_h, i_k, m_t, m_w, m_x) of the i-th tile: masks of tokens, weights and both."""
     tiles = tl.cdiv(L, BT)
     i_b = (i // tiles).to(tl.int64)
     i_t = (i % tiles * BT + tl.arange(0, BT))[:, None, None]
     i_h, i_k = tl.arange(0, BH)[None, :, None], tl.arange(0, BK)[None, None, :]
     m_w = (i_h < H) & (i_k < K)
-    # A lone token is always there; without its condition the compiler knows which heads are, and drops the others.
+    # A program's only token always exists: without that condition the compiler drops heads past H.
     m_t = i_t < L
     m_x = m_w if BT == 1 else m_t & m_w
     return i_b, i_t, i_h, i_k, m_t, m_w, m_x
@@ -59,19 +52,22 @@ def _tile(i, L, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BH: tl.const
 
 @triton.jit
 def _pointers(x, i_b, i_t, i_h, i_k):
-    return x.data + i_b * x.stride_b + i_t.to(tl.int64) * x.stride_l + i_h.to(tl.int64) * x.stride_h + i_k
+    data, stride_b, stride_l, stride_h = x
+    return data + i_b * stride_b + i_t.to(tl.int64) * stride_l + i_h.to(tl.int64) * stride_h + i_k
 
 
 @triton.jit
 def _angles(cos, sin, i_t, m_t, h, w, FRAME: tl.constexpr, ROW: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, acc):
-    """cos, sin [BT, 1, BK/2]: pairs below FRAME turn with the token's frame, the next ROW with its row, the rest with its
-    column."""
+    """cos, sin [BT, 1, BK/2] of the clip's tokens i_t.
+
+    Pairs below FRAME rotate by the frame, the next ROW by the row, the rest by the column.
+    """
     i_p = tl.arange(0, BK // 2)[None, None, :]
     i_fh = i_t // w
     i_f = i_fh // h
     i_position = tl.where(i_p < FRAME, i_f, tl.where(i_p < FRAME + ROW, i_fh - i_f * h, i_t - i_fh * w))
     p_angle = i_position * (K // 2) + i_p
-    m_p = (i_p < K // 2) & m_t  # a token past the end stands past the table
+    m_p = (i_p < K // 2) & m_t  # a token past the end may be past the table
     return tl.load(cos + p_angle, m_p, 0.0).to(acc), tl.load(sin + p_angle, m_p, 0.0).to(acc)
 
 
@@ -93,9 +89,9 @@ def _norm_rotate(b_x, b_w, b_cos, b_sin, eps, D: tl.constexpr):
     return _rotate(b_x * b_w, b_cos * b_rstd, b_sin * b_rstd), b_rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "first_token", "h", "w"])
 def qk_rope_forward_kernel(
-    q, k, q_out, k_out, weight_q, weight_k, cos, sin, rstd_q, rstd_k, L, h, w,
+    q, k, q_out, k_out, weight_q, weight_k, cos, sin, rstd_q, rstd_k, L, first_token, h, w,
     eps: tl.constexpr, H: tl.constexpr, K: tl.constexpr, FRAME: tl.constexpr, ROW: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, acc: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +100,7 @@ def qk_rope_forward_kernel(
     # Read once, while weights and angles serve every token: these go first from the cache.
     b_q = tl.load(_pointers(q, i_b, i_t, i_h, i_k), m_x, 0.0, eviction_policy="evict_first")
     b_k = tl.load(_pointers(k, i_b, i_t, i_h, i_k), m_x, 0.0, eviction_policy="evict_first")
-    b_cos, b_sin = _angles(cos, sin, i_t, m_t, h, w, FRAME, ROW, K, BK, acc)
+    b_cos, b_sin = _angles(cos, sin, first_token + i_t, m_t, h, w, FRAME, ROW, K, BK, acc)
     b_w = tl.load(weight_q + p_w, m_w, 0.0).to(acc)
     b_out, b_rstd = _norm_rotate(b_q.to(acc), b_w, b_cos, b_sin, eps, H * K)
     tl.store(_pointers(q_out, i_b, i_t, i_h, i_k), b_out.to(b_q.dtype), m_x)
@@ -115,14 +111,16 @@ def qk_rope_forward_kernel(
     tl.store(rstd_k + p_row, b_rstd, m_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "per_program", "L", "first_token", "h", "w"])
 def qk_rope_backward_kernel(
-    dout, x, dx, weight, cos, sin, rstd, partial, tiles, per_program, L, h, w,
+    dout, x, dx, weight, cos, sin, rstd, partial, tiles, per_program, L, first_token, h, w,
     H: tl.constexpr, K: tl.constexpr, FRAME: tl.constexpr, ROW: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, acc: tl.constexpr,
 ):  # fmt: skip
-    """For q or for k; dx is contiguous. A program takes `per_program` of `tiles` tiles and, where partial [programs, H*K] is
-    given, writes the sum of their dn * xhat to its row."""
+    """For q or for k; dx is contiguous. A program takes `per_program` of `tiles` tiles.
+
+    It writes the sum of their dn * xhat to its row of partial [programs, H*K], if given.
+    """
     i_first = tl.program_id(0) * per_program
     b_sum = tl.zeros((BT, BH, BK), acc)
     for i in range(i_first, min(tiles, i_first + per_program)):
@@ -131,10 +129,10 @@ def qk_rope_backward_kernel(
         b_dout = tl.load(_pointers(dout, i_b, i_t, i_h, i_k), m_x, 0.0, eviction_policy="evict_first").to(acc)
         b_x = tl.load(_pointers(x, i_b, i_t, i_h, i_k), m_x, 0.0, eviction_policy="evict_first").to(acc)
         b_rstd = tl.load(rstd + p_row, m_t, 0.0)
-        b_cos, b_sin = _angles(cos, sin, i_t, m_t, h, w, FRAME, ROW, K, BK, acc)
+        b_cos, b_sin = _angles(cos, sin, first_token + i_t, m_t, h, w, FRAME, ROW, K, BK, acc)
         b_dn = _rotate(b_dout, b_cos, -b_sin)
         if partial is not None:
-            # Not a plain sum, whose zeros the compiler would carry in registers for heads that are not there.
+            # For a plain sum the compiler would keep registers of zeros for the heads beyond H.
             b_sum = tl.where(m_x, b_sum + b_dn * (b_x * b_rstd), b_sum)
         b_g = b_dn * tl.load(weight + p_w, m_w, 0.0).to(acc)
         b_slope = b_rstd * b_rstd * _token_mean(b_g * b_x, H * K)
@@ -146,38 +144,40 @@ def qk_rope_backward_kernel(
         tl.store(p_sum, tl.sum(b_sum, 0, keep_dims=True), (i_h < H) & (i_k < K))
 
 
-def _as_heads(x: Tensor) -> Heads:
+def _as_heads(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """Tensor and strides of x [B, L, H, K]: a view of a packed projection, or a gradient."""
     x = unit_stride(x)
-    return Heads(x, x.stride(0), x.stride(1), x.stride(2))
+    return x, x.stride(0), x.stride(1), x.stride(2)
+
+
+def _launch(x: Tensor) -> tuple[int, dict[str, Any]]:
+    """(programs a sequence, the kernels' constants) for x [B, L, H, K]."""
+    _, L, H, K = x.shape
+    launch = row_launch(L, H * K, _PER_THREAD)
+    frame, row, _ = rope_split(K)
+    constants = {"H": H, "K": K, "FRAME": frame // 2, "ROW": row // 2, "acc": triton_accumulator(x)}
+    tile = {"BT": launch.rows, "BH": power_of_2(H), "BK": power_of_2(K), "num_warps": launch.warps}
+    return launch.programs, constants | tile
 
 
 def qk_rope_forward(
-    q: Tensor,
-    k: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    grid: tuple[int, int, int],
-    eps: float,
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(q_out, k_out, rstd_q, rstd_k): q_out, k_out [B, L, H, K], which are q and k themselves if `inplace`; rstd [B, L] in
-    the accumulator's dtype."""
-    B, L, H, K = q.shape
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor,
+    grid: tuple[int, int, int], first_token: int, eps: float, inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(q_out, k_out, rstd_q, rstd_k): [B, L, H, K], q and k themselves if `inplace`, and [B, L].
+
+    rstd is in the accumulator's dtype.
+    """
+    B, L = q.shape[:2]
     rstd_q, rstd_k = (torch.empty((B, L), dtype=accumulator(q), device=q.device) for _ in range(2))
     sources = _as_heads(q), _as_heads(k)
     # In place means in the copy, where one had to be taken.
-    q_out, k_out = (x.data if inplace else torch.empty(q.shape, dtype=q.dtype, device=q.device) for x in sources)
+    q_out, k_out = (x[0] if inplace else torch.empty(q.shape, dtype=q.dtype, device=q.device) for x in sources)
     if q.numel():
-        launch = row_launch(L, H * K, _PER_THREAD)
-        frame, row, _ = rope_split(K)
-        qk_rope_forward_kernel[(B * launch.programs,)](
+        programs, constants = _launch(q)
+        qk_rope_forward_kernel[(B * programs,)](
             *sources, _as_heads(q_out), _as_heads(k_out), as_row(weight_q), as_row(weight_k),
-            cos.contiguous(), sin.contiguous(), rstd_q, rstd_k, L, grid[1], grid[2],
-            eps=eps, H=H, K=K, FRAME=frame // 2, ROW=row // 2,
-            BT=launch.rows, BH=triton.next_power_of_2(H), BK=triton.next_power_of_2(K),
-            acc=triton_accumulator(q), num_warps=launch.warps,
+            cos.contiguous(), sin.contiguous(), rstd_q, rstd_k, L, first_token, grid[1], grid[2], eps=eps, **constants,
         )  # fmt: skip
     if not inplace:
         return q_out, k_out, rstd_q, rstd_k
@@ -188,54 +188,29 @@ def qk_rope_forward(
 
 
 def qk_rope_backward(
-    dq: Tensor,
-    dk: Tensor,
-    q: Tensor,
-    k: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    grid: tuple[int, int, int],
-    rstd_q: Tensor,
-    rstd_k: Tensor,
-    want_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dq_in, dk_in, dweight_q, dweight_k) from the gradients of the outputs and what went into the forward pass.
+    dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor,
+    grid: tuple[int, int, int], first_token: int, rstd_q: Tensor, rstd_k: Tensor, want_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dq_in, dk_in, dweight_q, dweight_k) from the outputs' gradients and the forward's inputs.
 
-    dq_in, dk_in [B, L, H, K] contiguous in q's dtype; weight gradients [H*K] in the accumulator's, always added up in the
-    same order, None unless `want_weights`.
+    dq_in, dk_in [B, L, H, K] contiguous in q's dtype; weight gradients [H*K] in the accumulator's,
+    always added up in the same order, None unless `want_weights`.
     """
-    dq_in, dweight_q = _backward(dq, q, weight_q, cos, sin, grid, rstd_q, want_weights)
-    dk_in, dweight_k = _backward(dk, k, weight_k, cos, sin, grid, rstd_k, want_weights)
-    return dq_in, dk_in, dweight_q, dweight_k
-
-
-def _backward(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    grid: tuple[int, int, int],
-    rstd: Tensor,
-    want_weight: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """(dx, dweight) for q or for k."""
-    B, L, H, K = x.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not x.numel():
-        return dx, rstd.new_zeros(H * K) if want_weight else None
-    launch = row_launch(L, H * K, _PER_THREAD)
-    tiles = B * launch.programs
-    per_program = triton.cdiv(tiles, _PARTIAL_SUMS) if want_weight else 1
-    programs = triton.cdiv(tiles, per_program)
-    partial = rstd.new_empty((programs, H * K)) if want_weight else None
-    frame, row, _ = rope_split(K)
-    qk_rope_backward_kernel[(programs,)](
-        _as_heads(dout), _as_heads(x), dx, as_row(weight), cos.contiguous(), sin.contiguous(), rstd, partial,
-        tiles, per_program, L, grid[1], grid[2], H=H, K=K, FRAME=frame // 2, ROW=row // 2,
-        BT=launch.rows, BH=triton.next_power_of_2(H), BK=triton.next_power_of_2(K),
-        acc=triton_accumulator(x), num_warps=launch.warps,
-    )  # fmt: skip
-    return dx, None if partial is None else partial.sum(0)
+    B, L, H, K = q.shape
+    inputs, weights = [], []
+    for dout, x, weight, rstd in ((dq, q, weight_q, rstd_q), (dk, k, weight_k, rstd_k)):
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        partial = rstd.new_empty((0, H * K)) if want_weights else None
+        if x.numel():
+            programs, constants = _launch(x)
+            tiles = B * programs
+            per_program = triton.cdiv(tiles, _PARTIAL_SUMS) if want_weights else 1
+            programs = triton.cdiv(tiles, per_program)
+            partial = rstd.new_empty((programs, H * K)) if want_weights else None
+            qk_rope_backward_kernel[(programs,)](
+                _as_heads(dout), _as_heads(x), dx, as_row(weight), cos.contiguous(), sin.contiguous(), rstd, partial,
+                tiles, per_program, L, first_token, grid[1], grid[2], **constants,
+            )  # fmt: skip
+        inputs.append(dx)
+        weights.append(None if partial is None else partial.sum(0))
+    return inputs[0], inputs[1], weights[0], weights[1]

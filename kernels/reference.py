@@ -1,10 +1,16 @@
-"""The mathematics: every op of the transformer, of the VAE and of training in plain torch, for any float dtype.
+"""Every op of the transformer, of the VAE and of training in plain torch, for any float dtype.
 
-Each function computes in float32 (float64 for float64 inputs) and rounds once, on return: run on float64 inputs it is
-the oracle that the kernels are tested against, run on bf16 it is the fallback that works everywhere.
+Each function computes in float32 (float64 for float64 inputs) and rounds once, on return. On
+float64 inputs it is the oracle for the kernels' tests; on bf16 it is the fallback that works
+everywhere.
 
-Shapes: B batch, F latent frames, L tokens (frame-major: token n belongs to frame n // (L / F)), D model width, H heads,
-K head width, C channels, (h, w) grid of tokens or latent pixels, P positions in a rotary table.
+Shapes: B batch, F latent frames, L tokens (frame-major), D model width, H heads, K head width,
+C channels, (h, w) grid of tokens or latent pixels, P positions in a rotary table.
+
+A sequence may be a shard of a clip. Its token l belongs to frame
+(first_token + l) // tokens_per_frame, so a table [B, F, D] must satisfy
+first_token + L <= F * tokens_per_frame. tokens_per_frame None means L // F, which needs a whole
+sequence.
 """
 
 from __future__ import annotations
@@ -18,32 +24,51 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _split_frames(x_BLD: Tensor, frames: int) -> Tensor:
-    """[B, L, D] -> view [B, F, L/F, D], so that a frame's row broadcasts instead of being copied to its tokens."""
-    return torch.unflatten(x_BLD, 1, (frames, x_BLD.shape[1] // frames))
+def _by_frame(
+    table_BFD: Tensor, tokens_per_frame: int | None, first_token: int, *tokens_BLD: Tensor
+) -> tuple[Tensor, ...]:
+    """Rows [B, G, 1, D] of the table, and the tensors as views [B, G, L/G, D].
+
+    A group is a frame if the shard holds whole frames, else a token: rows are then copied.
+    """
+    L, F = tokens_BLD[0].shape[1], table_BFD.shape[1]
+    if tokens_per_frame is None:
+        if first_token or L % F:
+            raise ValueError(f"pass tokens_per_frame: {L} tokens from token {first_token} on are not {F} whole frames")
+        tokens_per_frame = L // F
+    per_group = max(1, tokens_per_frame)
+    if first_token % per_group or L % per_group:
+        per_group = 1
+        frame_L = (first_token + torch.arange(L, device=table_BFD.device)) // tokens_per_frame
+        rows_BGD = table_BFD.index_select(1, frame_L)
+    else:
+        rows_BGD = table_BFD.narrow(1, first_token // per_group, L // per_group)
+    return rows_BGD.unsqueeze(2), *(torch.unflatten(t, 1, (L // per_group, per_group)) for t in tokens_BLD)
 
 
-def _rows(frame: Tensor | None, base: Tensor | None, acc: torch.dtype) -> Tensor | None:
-    """Rows [B, F, D] (or [1, 1, D] where only the base is given) of a modulation: frame table + block table."""
-    parts = [t.to(acc) for t in (frame, None if base is None else base[None, None]) if t is not None]
-    return sum(parts[1:], parts[0]) if parts else None
+def gated_residual(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None = None,
+    *,
+    tokens_per_frame: int | None = None,
+    first_token: int = 0,
+) -> Tensor:
+    """x + gate[f] * y, or x + y without a gate, in x's dtype. x, y [B, L, D]; gate [B, F, D]."""
+    return _residual(x, y, gate, tokens_per_frame, first_token).to(x.dtype)
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None = None, gate_base: Tensor | None = None) -> Tensor:
-    """x + (gate[f] + gate_base) * y, or x + y without either. x, y [B, L, D]; gate [B, F, D]; gate_base [D]; x's dtype."""
-    return _residual(x, y, gate, gate_base).to(x.dtype)
-
-
-def _residual(x: Tensor, y: Tensor | None, gate: Tensor | None, gate_base: Tensor | None) -> Tensor:
+def _residual(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, tokens_per_frame: int | None, first_token: int
+) -> Tensor:
+    """`gated_residual`, or x without y, in the accumulator's dtype."""
     acc = _accumulator(x.dtype)
-    rows = _rows(gate, gate_base, acc)
     if y is None:
         return x.to(acc)
-    if rows is None:
+    if gate is None:
         return x.to(acc) + y.to(acc)
-    frames = rows.shape[1]
-    x_BFTD, y_BFTD = (_split_frames(t.to(acc), frames) for t in (x, y))
-    return torch.addcmul(x_BFTD, y_BFTD, rows.unsqueeze(2)).flatten(1, 2)
+    rows, x, y = _by_frame(gate.to(acc), tokens_per_frame, first_token, x.to(acc), y.to(acc))
+    return torch.addcmul(x, y, rows).flatten(1, 2)
 
 
 def residual_norm(
@@ -56,40 +81,40 @@ def residual_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
-    gate_base: Tensor | None = None,
-    scale_base: Tensor | None = None,
-    shift_base: Tensor | None = None,
+    tokens_per_frame: int | None = None,
+    first_token: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """r = x + gate[f] * y ; n = LN(r) * (1 + scale[f]) + shift[f], or LN(r) * weight + bias. Returns (r, n) in x's dtype.
+    """r = x + gate[f] * y; n = LN(r) * (1 + scale[f]) + shift[f], or LN(r) * weight + bias.
 
-    x, y [B, L, D]; gate, scale, shift [B, F, D], each with an optional base [D] that is added to every row; weight, bias
-    [D]. Without y, r is x itself; without gate it is x + y. The norm reads r before it is rounded to x's dtype.
+    x, y [B, L, D]; gate, scale, shift [B, F, D]; weight, bias [D]. Without y, r is x itself;
+    without gate it is x + y. The norm reads r before it is rounded to x's dtype. Returns (r, n) in
+    x's dtype.
     """
     acc = _accumulator(x.dtype)
-    r = _residual(x, y, gate, gate_base)
+    r = _residual(x, y, gate, tokens_per_frame, first_token)
     weight, bias = (None if t is None else t.to(acc) for t in (weight, bias))
     n = nnf.layer_norm(r, r.shape[-1:], weight, bias, eps)
-    scale_rows, shift_rows = _rows(scale, scale_base, acc), _rows(shift, shift_base, acc)
-    if scale_rows is not None and shift_rows is not None:
-        n_BFTD = _split_frames(n, max(scale_rows.shape[1], shift_rows.shape[1]))
-        n = torch.addcmul(shift_rows.unsqueeze(2), n_BFTD, 1 + scale_rows.unsqueeze(2)).flatten(1, 2)
+    if scale is not None and shift is not None:
+        factor, n_BGTD = _by_frame(1 + scale.to(acc), tokens_per_frame, first_token, n)
+        offset, _ = _by_frame(shift.to(acc), tokens_per_frame, first_token, n)
+        n = torch.addcmul(offset, n_BGTD, factor).flatten(1, 2)
     return (x if y is None else r.to(x.dtype)), n.to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [..., D], weight [D]; returns x's dtype."""
+    """x / sqrt(mean_D(x^2) + eps) * weight. x [..., D]; weight [D]; returns x's dtype."""
     acc = _accumulator(x.dtype)
     return nnf.rms_norm(x.to(acc), x.shape[-1:], weight.to(acc), eps).to(x.dtype)
 
 
 def rope_split(head_dim: int) -> tuple[int, int, int]:
-    """Columns of a head rotated by frame, row and column position: official Wan's split (spec 1.3.7), each of them even."""
+    """Columns of a head rotated by frame, row and column: official Wan's split, each even."""
     third = 2 * (head_dim // 6)
     return head_dim - 2 * third, third, third
 
 
 def _token_table(table_PK: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Per-axis table [P, K/2] -> [L, 1, K/2]: each token takes its frame's, row's and column's part of the columns."""
+    """Per-axis table [P, K/2] -> [F*h*w, 1, K/2]: columns by the token's frame, row and column."""
     f, h, w = grid
     by_f, by_h, by_w = torch.split(table_PK, [d // 2 for d in rope_split(2 * table_PK.shape[1])], dim=1)
     parts = by_f[:f, None, None], by_h[None, :h, None], by_w[None, None, :w]
@@ -105,14 +130,18 @@ def qk_rope(
     grid: tuple[int, int, int],
     eps: float = 1e-6,
     inplace: bool = False,
+    *,
+    first_token: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm of q and of k over the full width H*K, then 3-D rotary embedding of adjacent pairs (2j, 2j+1).
+    """RMSNorm of q and of k over all heads, then 3-D rotary embedding of adjacent pairs (2j, 2j+1).
 
-    qkv [B, L, 3, H, K]; weight_q, weight_k [H*K]; cos, sin [P, K/2] with P >= max(grid); grid (F, h, w), L = F*h*w.
-    Returns (q, k, v), each [B, L, H, K] in qkv's dtype. v is a view of qkv; with `inplace`, q and k are too.
+    qkv [B, L, 3, H, K]; weight_q, weight_k [H*K]; cos, sin [P, K/2] with P >= max(grid); grid
+    (F, h, w) of the whole clip, of which qkv holds the L tokens from first_token on. Returns
+    (q, k, v), each [B, L, H, K] in qkv's dtype. v is a view of qkv; with `inplace`, so are q and k.
     """
     acc = _accumulator(qkv.dtype)
-    cos_L1K, sin_L1K = (_token_table(table.to(acc), grid) for table in (cos, sin))
+    tables = (_token_table(table.to(acc), grid) for table in (cos, sin))
+    cos_L1K, sin_L1K = (table.narrow(0, first_token, qkv.shape[1]) for table in tables)
 
     def rotate(x_BLHK: Tensor, weight: Tensor) -> Tensor:
         n = nnf.rms_norm(x_BLHK.to(acc).flatten(2), weight.shape, weight.to(acc), eps)
@@ -120,17 +149,17 @@ def qk_rope(
         out = torch.stack((re * cos_L1K - im * sin_L1K, re * sin_L1K + im * cos_L1K), dim=-1)
         return out.flatten(-2).to(qkv.dtype)
 
-    # One unbind, whose backward writes the packed gradient once; three indexings would each fill and add one.
+    # One unbind writes the packed gradient once; three indexings would each fill and add one.
     q, k, v = qkv.unbind(2)
     q_out, k_out = rotate(q, weight_q), rotate(k, weight_k)
     return (q.copy_(q_out), k.copy_(k_out), v) if inplace else (q_out, k_out, v)
 
 
 def guided_euler_step(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: float, dsigma: Tensor) -> Tensor:
-    """x[f] += (v_neg + guidance * (v - v_neg))[f] * dsigma[f]: classifier-free guidance and a per-frame Euler step.
+    """x[f] += (v_neg + guidance * (v - v_neg))[f] * dsigma[f]: guidance and a per-frame Euler step.
 
-    x, v, v_neg [B, C, F, h, w]; dsigma [F]. v_neg None: v as it is. A frame whose dsigma is 0 keeps its bits whatever v
-    holds. Returns x's dtype.
+    x, v, v_neg [B, C, F, h, w]; dsigma [F]. Without v_neg the velocity is v. A frame whose dsigma
+    is 0 keeps its bits whatever v holds. Returns x's dtype.
     """
     acc = _accumulator(x.dtype)
     velocity = v.to(acc)
@@ -143,9 +172,10 @@ def guided_euler_step(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: floa
 def noise_and_target(
     clean: Tensor, noise: Tensor, sigma: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x_t = (1 - sigma[f]) * clean + sigma[f] * noise and its velocity, the target noise - clean.
+    """(x_t, target): x_t = (1 - sigma[f]) * clean + sigma[f] * noise, target = noise - clean.
 
-    clean, noise [B, C, F, h, w]; sigma [B, F]. x_t in `dtype` (None: clean's), target in float32, or float64 where clean or noise is.
+    clean, noise [B, C, F, h, w]; sigma [B, F]. x_t in `dtype` (None: clean's), target in float32,
+    or float64 if clean or noise is.
     """
     acc = _accumulator(torch.promote_types(clean.dtype, noise.dtype))
     x, e, s = clean.to(acc), noise.to(acc), sigma.to(acc)[:, None, :, None, None]
@@ -153,9 +183,10 @@ def noise_and_target(
 
 
 def flow_loss(velocity: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum_bf weight[b, f] * sum_chw (velocity - target)^2 / N, mean squared error of each frame [B, F], not differentiable).
+    """(loss, frame_errors): loss = sum_bf weight[b, f] * sum_chw (velocity - target)^2 / N.
 
-    velocity, target [B, C, F, h, w], N elements; weight [B, F]. Both results in float32, or float64 where velocity or target is.
+    velocity, target [B, C, F, h, w], N elements; weight [B, F]. frame_errors [B, F], each frame's
+    mean squared error, is not differentiable. Both in float32, or float64 if velocity or target is.
     """
     acc = _accumulator(torch.promote_types(velocity.dtype, target.dtype))
     sums_BF = (velocity.to(acc) - target.to(acc)).square().sum((1, 3, 4))
@@ -164,13 +195,13 @@ def flow_loss(velocity: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor,
 
 
 def gelu(x: Tensor, inplace: bool = False) -> Tensor:
-    """GELU in its tanh form, x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2, in x's dtype."""
+    """Tanh GELU, x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2, in x's dtype."""
     out = nnf.gelu(x, approximate="tanh")
     return x.copy_(out) if inplace else out
 
 
 def _phases(y_BTHWC: Tensor) -> Tensor:
-    """[B, T, H/2+1, W/2+1, 4*C] -> [B, T, H, W, C]: out[2i+a, 2j+e, c] = y[i+a, j+e, (2a+e)*C + c]."""
+    """[B, T, H/2+1, W/2+1, 4*C] -> [B, T, H, W, C]; see `vae_act`."""
     h, w = y_BTHWC.shape[2] - 1, y_BTHWC.shape[3] - 1
     y = torch.unflatten(y_BTHWC, -1, (2, 2, y_BTHWC.shape[-1] // 4))
     rows = [torch.stack([y[:, :, a : a + h, e : e + w, a, e] for e in (0, 1)], dim=4) for a in (0, 1)]
@@ -185,11 +216,12 @@ def vae_act(
     silu: bool = True,
     upsampled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """r = y (+ bias) (+ x) ; out = act(r / max(||r||, 1e-12) * sqrt(C) * gamma), act SiLU or identity. Returns (r, out).
+    """r = y (+ bias) (+ x); out = act(r / max(||r||, 1e-12) * sqrt(C) * gamma).
 
-    x, r, out [B, T, H, W, C], the norm over C; y is too, or with `upsampled` [B, T, H/2+1, W/2+1, 4*C]: the four phases of
-    a convolution behind a nearest 2x upsampling, r[2i+a, 2j+e, c] = y[i+a, j+e, (2a+e)*C + c]. gamma, bias: C elements of
-    any shape. out is None without gamma. The norm reads r before it is rounded to y's dtype.
+    act is SiLU or identity. x, r, out [B, T, H, W, C], the norm over C. y has the same shape, or
+    with `upsampled` [B, T, H/2+1, W/2+1, 4*C]: the four phases of a convolution after a nearest 2x
+    upsampling, r[2i+a, 2j+e, c] = y[i+a, j+e, (2a+e)*C + c]. gamma, bias: C elements of any shape.
+    out is None without gamma. The norm reads r before it is rounded to y's dtype. Returns (r, out).
     """
     acc = _accumulator(y.dtype)
     s = _phases(y.to(acc)) if upsampled else y.to(acc)
@@ -205,9 +237,10 @@ E4M3_MAX = 448.0
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as e4m3 with one scale each: (q float8_e4m3fn [..., D], scale float32 [..., 1]), x ~ q * scale.
+    """(q, scale): rows in e4m3 with one scale each, x ~ q * scale. Not differentiable.
 
-    scale = max(amax, 1e-12) / 448, q = x / scale clamped to +-448 and rounded to nearest even. Not differentiable.
+    x [..., D]; q float8_e4m3fn [..., D]; scale float32 [..., 1] = max(amax, 1e-12) / 448. q is
+    x / scale, clamped to +-448 and rounded to nearest even.
     """
     x = x.to(torch.float32)
     scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / E4M3_MAX
@@ -215,5 +248,5 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of the tanh GELU of x, which is not rounded in between."""
+    """`quantize_rows` of the tanh GELU of x, without rounding in between."""
     return quantize_rows(nnf.gelu(x.to(torch.float32), approximate="tanh"))

@@ -12,11 +12,8 @@ def residual_norm_forward(
     x: object,
     y: object | None,
     gate: object | None,
-    gate_base: object | None,
     scale: object | None,
-    scale_base: object | None,
     shift: object | None,
-    shift_base: object | None,
     weight: object | None,
     bias: object | None,
     r: object | None,
@@ -24,6 +21,8 @@ def residual_norm_forward(
     mean: object,
     rstd: object,
     eps: float,
+    tokens_per_frame: int,
+    first_token: int,
     threads: int,
     /,
 ) -> None: ...
@@ -33,9 +32,7 @@ def residual_norm_backward(
     r: object,
     y: object | None,
     gate: object | None,
-    gate_base: object | None,
     scale: object | None,
-    scale_base: object | None,
     weight: object | None,
     mean: object,
     rstd: object,
@@ -46,19 +43,22 @@ def residual_norm_backward(
     dshift: object | None,
     dweight: object | None,
     dbias: object | None,
+    tokens_per_frame: int,
+    first_token: int,
     threads: int,
     /,
 ) -> None: ...
 def gated_residual_forward(
-    x: object, y: object, gate: object | None, gate_base: object | None, r: object, threads: int, /
+    x: object, y: object, gate: object | None, r: object, tokens_per_frame: int, first_token: int, threads: int, /
 ) -> None: ...
 def gated_residual_backward(
     dr: object,
     y: object | None,
     gate: object | None,
-    gate_base: object | None,
     dy: object,
     dgate: object | None,
+    tokens_per_frame: int,
+    first_token: int,
     threads: int,
     /,
 ) -> None: ...
@@ -80,6 +80,7 @@ def qk_rope_forward(
     frames: int,
     height: int,
     width: int,
+    first_token: int,
     eps: float,
     threads: int,
     /,
@@ -102,6 +103,7 @@ def qk_rope_backward(
     frames: int,
     height: int,
     width: int,
+    first_token: int,
     threads: int,
     /,
 ) -> None: ...

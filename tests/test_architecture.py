@@ -32,7 +32,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 _BELOW_PIPELINE = {
-    *("kernels", "_native", "config", "testing", "device", "errors", "ops", "attention", "_lazy"),
+    *("kernels", "_native", "native", "config", "testing", "device", "errors", "ops", "attention", "_lazy"),
     *("model", "weights", "sampling", "video", "media", "options", "request", "media_plan", "stages"),
 }
 _ALL = {"__init__", *_BELOW_PIPELINE, "pipeline", "engine", "data", "training", "integrations", "bench"}
@@ -41,6 +41,7 @@ _ALL = {"__init__", *_BELOW_PIPELINE, "pipeline", "engine", "data", "training", 
 # `cli` alone.
 ARROWS: dict[str, set[str]] = {
     "_native": set(),
+    "native": {"_native"},
     "kernels": set(),
     "config": set(),
     "testing": set(),
@@ -49,9 +50,9 @@ ARROWS: dict[str, set[str]] = {
     "_lazy": set(),
     "options": set(),
     "video": {"errors"},
-    "ops": {"kernels", "_native"},
+    "ops": {"kernels", "native"},
     "attention": {"kernels", "_native", "device"},
-    "model": {"ops", "attention", "config", "_native", "device", "_lazy"},
+    "model": {"ops", "attention", "config", "native", "_native", "device", "_lazy"},
     "weights": {"config", "model", "_lazy"},
     "sampling": {"ops", "_lazy", "errors"},
     "media": {"video", "sampling"},  # sampling: the name of a file as a medium

@@ -19,7 +19,7 @@ from pusa_fast import ops
 from pusa_fast.model.dit import Block, WanDiT, linears
 from pusa_fast.model.experts import ExpertPair
 from pusa_fast.model.linear import AdaptedLinear
-from pusa_fast.ops.quantize import fp8_reason
+from pusa_fast.ops.registry import fp8_reason
 
 Rows = tuple[Tensor, Tensor]  # e4m3 [..., D], float32 scale [..., 1]
 

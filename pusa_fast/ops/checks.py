@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
-Named = Mapping[str, Tensor | None]
+Named = dict[str, Tensor | None]
 
 
 def shape(x: Tensor | None) -> list[int] | None:
@@ -18,44 +16,77 @@ def require(condition: bool, op: str, message: str, got: Tensor | None) -> None:
         raise ValueError(f"{op}: {message}, got {shape(got)}")
 
 
-def check_float(op: str, **tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        if x is not None and not x.is_floating_point():
-            raise ValueError(f"{op}: {name} must be a float tensor, got {x.dtype}")
+def check_tensors(op: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """x and the others are float tensors on one device. Raises ValueError naming the one that is not."""
+    device = x.device
+    for name, t in (("x", x), *tensors.items()):
+        if t is None:
+            continue
+        if not t.is_floating_point():
+            raise ValueError(f"{op}: {name} must be a float tensor, got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"{op}: {name} is on {t.device}, but the op runs on {device}: move it there")
 
 
-def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """Every tensor lies where x does. Raises ValueError naming the one that does not."""
-    for name, t in others.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{op}: {name} is on {t.device}, but the op runs on {x.device}: move it there")
+def check_frames(op: str, L: int, F: int | None, tokens_per_frame: int | None, first_token: int) -> int:
+    """Tokens to a frame where L tokens from `first_token` on read tables of F frames (None: no table).
 
-
-def check_residual(op: str, x: Tensor, y: Tensor | None, tables: Named, bases: Named, affine: Named) -> None:
-    """Arguments of residual_norm and gated_residual; see there. Raises ValueError."""
-    require(x.ndim == 3, op, "x must be [B, L, D]", x)
-    check_float(op, x=x, y=y, **tables, **bases, **affine)
-    check_device(op, x, y=y, **tables, **bases, **affine)
-    B, L, D = x.shape
-    require(y is None or y.shape == x.shape, op, f"y must have x's shape {shape(x)}", y)
-    given = {name for name in tables if tables[name] is not None or bases[f"{name}_base"] is not None}
-    if "gate" in given and y is None:
-        raise ValueError(f"{op}: gate given without y: there is nothing to gate")
-    if len(given & {"scale", "shift"}) == 1:
-        raise ValueError(f"{op}: scale and shift go together, give both or neither")
-    if "scale" in tables and ((tables["scale"] is None) != (tables["shift"] is None)):
-        raise ValueError(f"{op}: scale and shift are both frame tables or neither is: one has only its base row")
-    rows = {name for name in affine if affine[name] is not None}
-    if len(rows) == 1:
-        raise ValueError(f"{op}: weight and bias go together, give both or neither")
-    if rows and "scale" in given:
-        raise ValueError(f"{op}: give scale and shift, or weight and bias, not both pairs")
-    frames = {t.shape[1] for t in tables.values() if t is not None and t.ndim == 3}
-    for name, table in tables.items():
-        fits = table is None or (table.ndim == 3 and (table.shape[0], table.shape[2]) == (B, D) and len(frames) == 1)
-        require(fits, op, f"{name} must be [B={B}, F, D={D}] with one F for all tables", table)
-    for F in frames:
+    Without tokens_per_frame the L tokens are all of the F frames. Raises ValueError.
+    """
+    if F is None:
+        return max(L, 1)
+    if tokens_per_frame is None:
+        if first_token:
+            raise ValueError(f"{op}: first_token {first_token} needs tokens_per_frame: these are not all tokens")
         if F <= 0 or L % F:
-            raise ValueError(f"{op}: {L} tokens do not divide into {F} frames")
-    for name, row in {**bases, **affine}.items():
-        require(row is None or row.shape == (D,), op, f"{name} must be [D={D}]", row)
+            raise ValueError(
+                f"{op}: {L} tokens do not divide into {F} frames: a part of a sequence needs tokens_per_frame"
+            )
+        return max(L // F, 1)
+    if tokens_per_frame < 1 or first_token < 0 or first_token + L > F * tokens_per_frame:
+        raise ValueError(
+            f"{op}: tables of {F} frames with tokens_per_frame {tokens_per_frame} have no row for some of the {L} "
+            f"tokens from first_token {first_token} on"
+        )
+    return tokens_per_frame
+
+
+def check_residual(
+    op: str,
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    rows: Named,
+    tokens_per_frame: int | None,
+    first_token: int,
+) -> int:
+    """Arguments of residual_norm and gated_residual; rows: scale, shift, weight, bias. Returns the tokens to a frame.
+
+    Raises ValueError.
+    """
+    require(x.ndim == 3, op, "x must be [B, L, D]", x)
+    check_tensors(op, x, y=y, gate=gate, **rows)
+    B, L, D = x.shape
+    if y is not None and y.shape != x.shape:
+        raise ValueError(f"{op}: y must have x's shape {shape(x)}, got {shape(y)}")
+    if gate is not None and y is None:
+        raise ValueError(f"{op}: gate given without y: there is nothing to gate")
+    given = {"gate": gate} | rows
+    for one, other in (("scale", "shift"), ("weight", "bias")):
+        if (given.get(one) is None) != (given.get(other) is None):
+            raise ValueError(f"{op}: {one} and {other} go together, give both or neither")
+    if given.get("scale") is not None and given.get("weight") is not None:
+        raise ValueError(f"{op}: give scale and shift, or weight and bias, not both pairs")
+    F = None
+    for name, t in given.items():
+        if t is None:
+            continue
+        if name in ("weight", "bias"):
+            if t.shape != (D,):
+                raise ValueError(f"{op}: {name} must be [D={D}], got {shape(t)}")
+            continue
+        if F is None and t.ndim == 3:
+            F = t.shape[1]
+        if t.shape != (B, F, D):
+            raise ValueError(f"{op}: {name} must be [B={B}, F, D={D}] with one F for all tables, got {shape(t)}")
+    return check_frames(op, L, F, tokens_per_frame, first_token)

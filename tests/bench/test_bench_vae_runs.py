@@ -13,7 +13,7 @@ from torch import nn
 
 from pusa_fast import VAEConfig
 from pusa_fast.commands import bench as command
-from pusa_fast.ops import products
+from pusa_fast.ops import registry
 
 Pretend = Callable[..., None]
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_a_quick_run(monkeypatch: pytest.MonkeyPatch, pretend: Pretend) -> None:
     assert result["targets"]["bf16"]["speedup"] == 1.6 and set(result["relative_error"]) == {"fp32", "bf16"}
 
 
-@pytest.mark.skipif(not products.ONEDNN_BF16, reason="takes minutes without bf16 in oneDNN")
+@pytest.mark.skipif(not registry.ONEDNN_BF16, reason="takes minutes without bf16 in oneDNN")
 def test_the_path_of_a_gpu_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_vae, "SIZES", {"480p": (32, 48), "720p": (48, 64)})
     real, made = run_vae.floor_call, []

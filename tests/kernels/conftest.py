@@ -36,7 +36,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.importorskip("triton")
         module = importlib.import_module("pusa_fast.kernels.suite")
     else:
-        module = importlib.import_module("pusa_fast.ops.native")
+        module = importlib.import_module("pusa_fast.native.rows")
         if reason := module.available():
             pytest.skip(f"no native ops: {reason}")
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):

@@ -1,4 +1,4 @@
-"""residual_norm, gated_residual and rms_norm as operators of torch: derivatives, schema and fakes, torch.compile."""
+"""residual_norm, gated_residual and rms_norm as operators: derivatives, fakes, compilation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from pusa_fast import ops
 from pusa_fast.testing import make_input
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ORDER = ("x", "y", "gate", "gate_base", "scale", "scale_base", "shift", "shift_base", "weight", "bias")
+ORDER = ("x", "y", "gate", "scale", "shift", "weight", "bias")
 B, F, TOKENS, D = 2, 2, 2, 5
 SHAPES = dict.fromkeys(("gate", "scale", "shift"), (B, F, D)) | dict.fromkeys(("x", "y"), (B, F * TOKENS, D))
 FORMS: dict[str, tuple[str, ...]] = {
-    "frame and base": ORDER[:8],
-    "by frame": ("x", "y", "gate", "scale", "shift"),
-    "base": ("x", "y", "gate_base", "scale_base", "shift_base"),
+    "modulated": ORDER[:5],
     "affine": ("x", "y", "gate", "weight", "bias"),
     "ungated": ("x", "y", "weight", "bias"),
     "no y": ("x", "scale", "shift"),
@@ -63,10 +61,8 @@ def rms_norm(*tensors: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
 
 Case = tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]
 CASES: dict[str, Case] = {f"residual_norm, {form}": (residual_norm, names) for form, names in FORMS.items()}
-CASES |= {
-    f"gated_residual, {form}": (gated_residual, FORMS[form][:n]) for form, n in (("frame and base", 4), ("base", 3))
-}
-CASES |= {"gated_residual, ungated": (gated_residual, ("x", "y")), "rms_norm": (rms_norm, ("x", "weight"))}
+CASES |= {f"gated_residual, {form}": (gated_residual, ORDER[:n]) for form, n in (("gated", 3), ("ungated", 2))}
+CASES |= {"rms_norm": (rms_norm, ("x", "weight"))}
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)  # native ops have no float64
@@ -77,7 +73,7 @@ def test_gradcheck(backend: str, case: str) -> None:
     assert torch.autograd.gradcheck(lambda *t: op(*t, names=names), tuple(given.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("case", ["residual_norm, frame and base", "residual_norm, affine"])
+@pytest.mark.parametrize("case", ["residual_norm, modulated", "residual_norm, affine"])
 def test_gradients_of_some_inputs(backend: str, case: str) -> None:
     """Each input's gradient is the same whether the others want theirs or are frozen."""
     op, names = CASES[case]
@@ -95,18 +91,17 @@ def test_gradients_of_some_inputs(backend: str, case: str) -> None:
 
 def test_opcheck(backend: str) -> None:
     namespace = torch.ops.pusa_fast
-    for names in (FORMS["frame and base"], FORMS["affine"], FORMS["no y"]):
+    for names in (FORMS["modulated"], FORMS["affine"], FORMS["no y"]):
         given = inputs(names, torch.float32, device_of(backend))
-        torch.library.opcheck(namespace.residual_norm, (*(given.get(name) for name in ORDER), 1e-6))
+        torch.library.opcheck(namespace.residual_norm, (*(given.get(name) for name in ORDER), 1e-6, TOKENS, 0))
     given = inputs(ORDER, torch.float32, device_of(backend))
-    for names in (("x", "y", "gate", "gate_base"), ("x", "y")):
-        args = (*(given[name] if name in names else None for name in ORDER[:4]),)
-        torch.library.opcheck(namespace.gated_residual, args)
+    for gate in (given["gate"], None):
+        torch.library.opcheck(namespace.gated_residual, (given["x"], given["y"], gate, TOKENS, 0))
     torch.library.opcheck(namespace.rms_norm, (given["x"], given["weight"], 1e-6))
 
 
 @pytest.mark.parametrize(
-    "case", ["residual_norm, frame and base", "residual_norm, no y", "gated_residual, base", "rms_norm"]
+    "case", ["residual_norm, modulated", "residual_norm, no y", "gated_residual, gated", "rms_norm"]
 )
 def test_compiled_is_eager(backend: str, case: str) -> None:
     op, names = CASES[case]

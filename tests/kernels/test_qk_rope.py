@@ -1,4 +1,4 @@
-"""RMSNorm of q and k with rotary embedding: Triton and native code against plain torch in float64."""
+"""RMSNorm of q and k with rotary embedding: Triton and native code against torch in float64."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHAPES = [
 
 
 class Inputs(NamedTuple):
-    """`q` and `k` are views of `qkv`; tables are float32, as the transformer's are (float64 beside float64)."""
+    """`q` and `k` are views of `qkv`; tables are float32, or float64 with float64."""
 
     qkv: Tensor
     weight_q: Tensor
@@ -87,7 +87,7 @@ def make(
 
 
 def forward(kernels: ModuleType, given: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    results: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.qk_rope_forward(*given.arguments(), EPS, False)
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.qk_rope_forward(*given.arguments(), 0, EPS, False)
     return results
 
 
@@ -164,10 +164,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(kernels: ModuleType, device: str, layout: str, inplace: bool) -> None:
-    """NaN lies between the elements; the values are those of the packed projection, bit for bit."""
+    """NaN between the elements; the values are those of the packed projection, bit for bit."""
     given = make((2, 1, 3), 3, 10, device=device)
     q, k = LAYOUTS[layout](given.q), LAYOUTS[layout](given.k.clone())
-    results = kernels.qk_rope_forward(q, k, *given[1:], EPS, inplace)
+    results = kernels.qk_rope_forward(q, k, *given[1:], 0, EPS, inplace)
     for result, expected in zip(results, forward(kernels, given), strict=True):
         assert torch.equal(result, expected)
     if inplace:
@@ -180,7 +180,7 @@ def test_inplace_is_the_functional_op_and_leaves_v_alone(kernels: ModuleType, de
     given.qkv[:, :, 2] = math.nan
     expected = forward(kernels, given)
     before = given.qkv.clone()
-    results = kernels.qk_rope_forward(*(arguments := given.arguments()), EPS, True)
+    results = kernels.qk_rope_forward(*(arguments := given.arguments()), 0, EPS, True)
     assert results[0] is arguments[0] and results[1] is arguments[1]
     for result, value in zip(results, expected, strict=True):
         assert torch.equal(result, value)
@@ -201,7 +201,7 @@ def gradients(
 
 def backward(kernels: ModuleType, given: Inputs, dq: Tensor, dk: Tensor, want_weights: bool) -> tuple[Any, ...]:
     rstd = forward(kernels, given)[2:]
-    results: tuple[Any, ...] = kernels.qk_rope_backward(dq, dk, *given.arguments(), *rstd, want_weights)
+    results: tuple[Any, ...] = kernels.qk_rope_backward(dq, dk, *given.arguments(), 0, *rstd, want_weights)
     return results
 
 
@@ -240,13 +240,13 @@ def test_backward_takes_any_strides(kernels: ModuleType, device: str, layout: st
     expected = backward(kernels, given, dq, dk, True)
     place, rstd = LAYOUTS[layout], forward(kernels, given)[2:]
     views = (place(t) for t in (dq, dk, given.q, given.k))
-    for result, value in zip(kernels.qk_rope_backward(*views, *given[1:], *rstd, True), expected, strict=True):
+    for result, value in zip(kernels.qk_rope_backward(*views, *given[1:], 0, *rstd, True), expected, strict=True):
         assert torch.equal(result, value)
 
 
 @triton_only
 def test_many_programs(kernels: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter would take the whole of these shapes as one tile: cut them as a GPU does, and finer."""
+    """Cut finer than on a GPU, where the interpreter would take these shapes as one tile."""
     module = importlib.import_module("pusa_fast.kernels.qk_rope")
     launches: list[int] = []
 
@@ -281,18 +281,20 @@ def test_offsets_beyond_31_bits(kernels: ModuleType, device: str) -> None:
     q, k = (far.as_strided(given.q.shape, (0, 2**30, 6, 1), start) for start in (0, 32))
     q.copy_(given.q), k.copy_(given.k)
     expected = forward(kernels, given)
-    for result, value in zip(kernels.qk_rope_forward(q, k, *given[1:], EPS, False), expected, strict=True):
+    for result, value in zip(kernels.qk_rope_forward(q, k, *given[1:], 0, EPS, False), expected, strict=True):
         assert torch.equal(result, value)
     rstd, gradient = expected[2:], output_gradients(given)
     expected = backward(kernels, given, *gradient, True)
-    for result, value in zip(kernels.qk_rope_backward(*gradient, q, k, *given[1:], *rstd, True), expected, strict=True):
+    for result, value in zip(
+        kernels.qk_rope_backward(*gradient, q, k, *given[1:], 0, *rstd, True), expected, strict=True
+    ):
         assert torch.equal(result, value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches the arithmetic of Triton's interpreter")
 @triton_only
 def test_nothing_past_the_tables_is_read(kernels: ModuleType) -> None:
-    """A program's last tokens may lie past the end, at positions that the tables do not hold: here infinity stands there."""
+    """A program's last tokens may be past the end, at positions past the tables: infinity here."""
     given = make((5, 1, 1), 2, 8, batch=1)
     tables = (torch.full((64, 4), math.inf) for _ in range(2))
     cos, sin = (room[:5].copy_(table[:5]) for room, table in zip(tables, (given.cos, given.sin), strict=True))
@@ -329,7 +331,7 @@ def test_gradcheck() -> None:
 
 def test_opcheck() -> None:
     given = leaves(torch.float32)
-    arguments = (given.qkv.detach()[:, :, 0], given.qkv.detach()[:, :, 1], *given[1:5], list(given.grid), EPS)
+    arguments = (given.qkv.detach()[:, :, 0], given.qkv.detach()[:, :, 1], *given[1:5], list(given.grid), 0, EPS)
     with ops.use("triton"):
         torch.library.opcheck(torch.ops.pusa_fast.qk_rope.default, arguments)
         frozen = tuple(t.detach().clone() if isinstance(t, Tensor) else t for t in arguments)

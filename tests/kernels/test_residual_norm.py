@@ -1,4 +1,7 @@
-"""residual_norm and gated_residual, forward, backward and as e4m3 rows, against formulas in float64: Triton and native code."""
+"""residual_norm and gated_residual, Triton and native, against formulas in float64.
+
+Forward, backward and as e4m3 rows.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,11 @@ from pusa_fast.testing import assert_within_budget, error_budget, make_input
 
 EPS = 1e-6
 TABLES = ("gate", "scale", "shift")
-NAMES = ("x", "y", *(name + end for name in TABLES for end in ("", "_base")), "weight", "bias")
-GATES = {
-    "no y": (),
-    "ungated": ("y",),
-    "by frame": ("y", "gate"),
-    "base": ("y", "gate_base"),
-    "frame and base": ("y", "gate", "gate_base"),
-}
-MODULATION = ("scale", "scale_base", "shift", "shift_base")
-NORMS = {
-    "bare": (),
-    "by frame": ("scale", "shift"),
-    "base": ("scale_base", "shift_base"),
-    "frame and base": MODULATION,
-    "affine": ("weight", "bias"),
-}
-FULL = ("x", *GATES["frame and base"], *NORMS["frame and base"])
-AFFINE = ("x", *GATES["base"], *NORMS["affine"])
+NAMES = ("x", "y", *TABLES, "weight", "bias")
+GATES = {"no y": (), "ungated": ("y",), "gated": ("y", "gate")}
+NORMS = {"bare": (), "modulated": ("scale", "shift"), "affine": ("weight", "bias")}
+FULL = ("x", *GATES["gated"], *NORMS["modulated"])
+AFFINE = ("x", *GATES["gated"], *NORMS["affine"])
 SHAPES = [(1, 1, 1, 2), (2, 3, 1, 17), (1, 2, 5, 65), (2, 1, 3, 160), (1, 3, 5, 17)]  # B, F, tokens per frame, D
 # Native code takes float32 and bf16.
 TYPED = [("triton", torch.float32), ("triton", torch.bfloat16), ("triton", torch.float16)]
@@ -71,19 +61,27 @@ def arguments(given: Inputs) -> tuple[Tensor | None, ...]:
     return tuple(given.get(name) for name in NAMES)
 
 
-def to_tokens(table: Tensor | None, base: Tensor | None, L: int) -> Tensor | None:
+def place(given: Inputs) -> tuple[int, int]:
+    """(tokens_per_frame, first_token) of a whole sequence."""
+    frames = next((given[name].shape[1] for name in TABLES if name in given), 1)
+    return max(1, given["x"].shape[1] // frames), 0
+
+
+def forward(kernels: ModuleType, given: Inputs, eps: float = EPS) -> tuple[Any, ...]:
+    results: tuple[Any, ...] = kernels.residual_norm_forward(*arguments(given), eps, *place(given))
+    return results
+
+
+def to_tokens(table: Tensor | None, L: int) -> Tensor | None:
     """The row of each token, [B, L, D]."""
-    rows = None if table is None else table[:, [n // (L // table.shape[1]) for n in range(L)]]
-    if rows is None or base is None:
-        return base if rows is None else rows
-    return rows + base
+    return None if table is None else table[:, [n // (L // table.shape[1]) for n in range(L)]]
 
 
 def formula(given: Inputs) -> tuple[Tensor, Tensor]:
     """(r, n), token by token, one torch operation per step, each rounded to the inputs' dtype."""
     x, y, *tables, weight, bias = arguments(given)
     assert x is not None
-    gate, scale, shift = (to_tokens(tables[i], tables[i + 1], x.shape[1]) for i in (0, 2, 4))
+    gate, scale, shift = (to_tokens(table, x.shape[1]) for table in tables)
     r = x
     if y is not None:
         r = x + (y if gate is None else gate * y)
@@ -101,9 +99,9 @@ def cast(given: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def check_forward(kernels: ModuleType, given: Inputs) -> None:
-    """Against the formula in float32 rounded once: the budget of bf16 has no room for a second rounding."""
+    """Against float32 rounded once: the budget of bf16 has no room for a second rounding."""
     x = given["x"]
-    r, n, mean, rstd = kernels.residual_norm_forward(*arguments(given), EPS)
+    r, n, mean, rstd = forward(kernels, given)
     assert (r is None) == ("y" not in given)
     lows, oracles = (formula(cast(given, dtype)) for dtype in (torch.float32, torch.float64))
     for result, low, oracle in zip((r, n), lows, oracles, strict=True):
@@ -126,27 +124,31 @@ def gradients(given: Inputs, dr: Tensor | None, dn: Tensor | None) -> Inputs:
 def by_name(results: Any, given: Inputs) -> Inputs:
     """What residual_norm_backward returns, as gradients of the inputs."""
     dx, dy, dgate, dscale, dshift, dweight, dbias = results
-    gated = "gate" in given or "gate_base" in given
+    gated = "gate" in given
     assert (dy is None) == (not gated) and (dy is None or dy.dtype == given["y"].dtype)
-    named = {"x": dx, "y": dy if gated else dx, "weight": dweight, "bias": dbias}
-    for name, rows in (("gate", dgate), ("scale", dscale), ("shift", dshift)):
-        if rows is not None:
-            named |= {name: rows, f"{name}_base": rows.sum((0, 1))}
+    named = {"x": dx, "y": dy if gated else dx, "gate": dgate, "scale": dscale, "shift": dshift}
+    named |= {"weight": dweight, "bias": dbias}
     return {name: named[name].to(t.dtype) for name, t in given.items() if named.get(name) is not None}
+
+
+def backward(kernels: ModuleType, given: Inputs, dr: Tensor | None, dn: Tensor, *saved: Tensor) -> tuple[Any, ...]:
+    """All gradients; `saved`: r, mean and rstd."""
+    r, mean, rstd = saved
+    tables = [given.get(name) for name in ("gate", "scale", "weight")]
+    wanted = (name in given for name in ("gate", "scale", "weight"))
+    results: tuple[Any, ...] = kernels.residual_norm_backward(
+        dr, dn, r, given.get("y"), *tables, mean, rstd, *wanted, *place(given)
+    )
+    return results
 
 
 def check_backward(kernels: ModuleType, given: Inputs, from_r: bool = True) -> None:
     x = given["x"]
-    r, _, mean, rstd = kernels.residual_norm_forward(*arguments(given), EPS)
+    r, _, mean, rstd = forward(kernels, given)
     dr, dn = (make_input(*x.shape, seed=seed, dtype=x.dtype, device=x.device, padded=True) for seed in (20, 21))
     if r is None or not from_r:
         dr = None
-    wanted = [any(name in given for name in names) for names in (GATES["frame and base"][1:], MODULATION, ("weight",))]
-    tables = *(given.get(name) for name in NAMES[2:6]), given.get("weight")
-    results = kernels.residual_norm_backward(
-        dr, dn, x if r is None else r, given.get("y"), *tables, mean, rstd, *wanted
-    )
-    found = by_name(results, given)
+    found = by_name(backward(kernels, given, dr, dn, x if r is None else r, mean, rstd), given)
     low, oracle = (gradients(cast(given, dtype), dr, dn) for dtype in (x.dtype, torch.float64))
     assert found.keys() == oracle.keys()
     for name, result in found.items():
@@ -176,7 +178,7 @@ def test_shapes_and_dtypes(
 @triton_only
 def test_float64_is_computed_in_float64(kernels: ModuleType, device: str) -> None:
     given = make_inputs(FULL, (2, 3, 2, 33), device, torch.float64)
-    r, n, mean, rstd = kernels.residual_norm_forward(*arguments(given), EPS)
+    r, n, mean, rstd = forward(kernels, given)
     assert mean.dtype == rstd.dtype == torch.float64
     for result, expected in zip((r, n), formula(given), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
@@ -185,7 +187,7 @@ def test_float64_is_computed_in_float64(kernels: ModuleType, device: str) -> Non
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("y_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_mixed_dtypes(kernels: ModuleType, device: str, x_dtype: torch.dtype, y_dtype: torch.dtype) -> None:
-    """The bf16 transformer has float32 tables; under autocast a float32 stream meets bf16 products."""
+    """The bf16 transformer has float32 tables; autocast adds bf16 matmuls to a float32 stream."""
     given = make_inputs(FULL, (2, 3, 2, 33), device, x=x_dtype, y=y_dtype)
     check_forward(kernels, given)
     check_backward(kernels, given)
@@ -194,14 +196,14 @@ def test_mixed_dtypes(kernels: ModuleType, device: str, x_dtype: torch.dtype, y_
 @typed
 def test_residual_is_the_exact_sum_rounded_once(kernels: ModuleType, device: str, dtype: torch.dtype) -> None:
     given = make_inputs(("x", "y"), (1, 2, 3, 65), device, dtype)
-    r, _, _, _ = kernels.residual_norm_forward(*arguments(given), EPS)
+    r, _, _, _ = forward(kernels, given)
     assert torch.equal(r, (given["x"].double() + given["y"].double()).to(dtype))
 
 
 def test_norm_reads_the_residual_before_it_is_rounded(kernels: ModuleType, device: str) -> None:
     x = torch.full((1, 4, 64), 256.0, dtype=torch.bfloat16, device=device)  # a spacing of 2
     y = make_input(1, 4, 64, dtype=torch.bfloat16, scale=0.1, device=device)
-    r, n, _, _ = kernels.residual_norm_forward(x, y, *[None] * 8, EPS)
+    r, n, _, _ = forward(kernels, {"x": x, "y": y})
     assert torch.equal(r, x)
     exact = formula({"x": x.double(), "y": y.double()})[1]
     assert_within_budget(n, exact.bfloat16(), exact)
@@ -211,7 +213,7 @@ def test_norm_reads_the_residual_before_it_is_rounded(kernels: ModuleType, devic
 def test_variance_is_of_centred_values(kernels: ModuleType, device: str, mean: float) -> None:
     """The difference of mean square and squared mean would have lost every digit."""
     x = make_input(1, 4, 160, device=device) * 0.1 + mean
-    _, n, _, _ = kernels.residual_norm_forward(x, *[None] * 9, EPS)
+    _, n, _, _ = forward(kernels, {"x": x})
     exact = formula({"x": x.double()})[1]
     assert_within_budget(n, torch.nn.functional.layer_norm(x, (160,), eps=EPS), exact)
 
@@ -219,14 +221,14 @@ def test_variance_is_of_centred_values(kernels: ModuleType, device: str, mean: f
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
 def test_eps_is_added_to_the_variance(kernels: ModuleType, device: str, eps: float) -> None:
     x = make_input(1, 4, 33, device=device, scale=0.01)
-    _, n, _, rstd = kernels.residual_norm_forward(x, *[None] * 9, eps)
+    _, n, _, rstd = forward(kernels, {"x": x}, eps)
     low, exact = (torch.nn.functional.layer_norm(t, (33,), eps=eps) for t in (x, x.double()))
     assert_within_budget(n, low, exact)
     assert_within_budget(rstd, *((t.var(-1, correction=0) + eps).rsqrt() for t in (x, x.double())))
 
 
 def test_views(kernels: ModuleType, device: str) -> None:
-    """Any strides: tables out of a packed one, one for all sequences, reversed roles of the axes, columns apart."""
+    """Any strides: packed tables, one for all sequences or frames, axes reversed, columns apart."""
     B, F, tokens, D = 2, 3, 2, 17
     plain = make_inputs(FULL, (B, F, tokens, D), device, padded=False)
     packed = torch.full((B, F, 6, D), math.nan, device=device)
@@ -236,7 +238,8 @@ def test_views(kernels: ModuleType, device: str) -> None:
     columns_apart = {name: torch.stack((t, t * math.nan), -1)[..., 0] for name, t in plain.items()}
     swapped = {name: plain[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("x", "y", *TABLES)}
     shared = {name: plain[name][:1].expand(B, F, D) for name in TABLES}
-    for views in (tables, columns_apart, swapped, shared, {"y": plain["y"][:, :1].expand(B, F * tokens, D)}):
+    one_row = {name: plain[name][:, :1].expand(B, F, D) for name in TABLES}
+    for views in (tables, columns_apart, swapped, shared, one_row, {"y": plain["y"][:, :1].expand(B, F * tokens, D)}):
         check_forward(kernels, plain | views)
         check_backward(kernels, plain | views)
 
@@ -246,7 +249,7 @@ def test_views(kernels: ModuleType, device: str) -> None:
 def test_any_number_of_rows_a_program(
     kernels: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    """One as for wide rows on a GPU; four lie in two or three frames and pass the end of a sequence."""
+    """One as for wide rows on a GPU; four span two or three frames and pass a sequence's end."""
     monkeypatch.setattr("pusa_fast.kernels._launch._INTERPRETER_TILE", 32 * rows)
     given = make_inputs(FULL, (2, 3, 3, 20), device)
     check_forward(kernels, given)
@@ -268,10 +271,10 @@ def test_table_gradients_add_segments_steps_and_column_blocks(
 
 def test_frozen_tables_want_nothing_and_y_may_be_dropped(kernels: ModuleType, device: str) -> None:
     given = make_inputs(FULL, (2, 3, 2, 17), device, torch.bfloat16, gate=torch.float32)
-    r, _, mean, rstd = kernels.residual_norm_forward(*arguments(given), EPS)
+    r, _, mean, rstd = forward(kernels, given)
     dr, dn = (make_input(*r.shape, seed=seed, dtype=r.dtype, device=device) for seed in (20, 21))
-    tables = [given[name] for name in NAMES[2:6]]
-    dx, dy, *others = kernels.residual_norm_backward(dr, dn, r, None, *tables, None, mean, rstd, False, False, False)
+    frozen = (given["gate"], given["scale"], None, mean, rstd, False, False, False, *place(given))
+    dx, dy, *others = kernels.residual_norm_backward(dr, dn, r, None, *frozen)
     assert others == [None] * 5 and dy.dtype == r.dtype
     oracle = gradients(cast(given, torch.float64), dr, dn)
     low = gradients(cast(given, r.dtype), dr, dn)
@@ -280,22 +283,21 @@ def test_frozen_tables_want_nothing_and_y_may_be_dropped(kernels: ModuleType, de
 
 
 @typed
-@pytest.mark.parametrize("form", ["ungated", "by frame", "base", "frame and base"])
+@pytest.mark.parametrize("form", ["ungated", "gated"])
 def test_gated_residual(kernels: ModuleType, device: str, dtype: torch.dtype, form: str) -> None:
     given = make_inputs(("x", *GATES[form]), (2, 3, 2, 65), device, dtype)
-    x, y, gate, gate_base = arguments(given)[:4]
-    r = kernels.gated_residual_forward(x, y, gate, gate_base)
+    x, y, gate = arguments(given)[:3]
+    r = kernels.gated_residual_forward(x, y, gate, *place(given))
     assert_within_budget(r, formula(given)[0], formula(cast(given, torch.float64))[0])
     dr = make_input(*r.shape, seed=20, dtype=dtype, device=device, padded=True)
-    dy, dgate = kernels.gated_residual_backward(dr, y, gate, gate_base, form != "ungated")
+    dy, dgate = kernels.gated_residual_backward(dr, y, gate, form != "ungated", *place(given))
     if form == "ungated":
         assert dy is None and dgate is None
         return
     low, oracle = (gradients(cast(given, precision), dr, None) for precision in (dtype, torch.float64))
-    results = {"y": dy, "gate": dgate, "gate_base": dgate.sum((0, 1))}
-    for name in GATES[form]:
-        assert_within_budget(results[name].to(dtype), low[name], oracle[name], name)
-    dy, dgate = kernels.gated_residual_backward(dr, None, gate, gate_base, False)
+    for name, result in (("y", dy), ("gate", dgate)):
+        assert_within_budget(result.to(dtype), low[name], oracle[name], name)
+    dy, dgate = kernels.gated_residual_backward(dr, None, gate, False, *place(given))
     assert_within_budget(dy, low["y"], oracle["y"])
     assert dgate is None
 
@@ -305,19 +307,16 @@ def test_empty(kernels: ModuleType, device: str, shape: tuple[int, int, int, int
     B, F, tokens, D = shape
     for names in (FULL, AFFINE):
         given = make_inputs(names, shape, device)
-        x, y, gate, gate_base = arguments(given)[:4]
-        r, n, mean, rstd = kernels.residual_norm_forward(*arguments(given), EPS)
+        x, y, gate = arguments(given)[:3]
+        r, n, mean, rstd = forward(kernels, given)
         assert r.shape == n.shape == (B, F * tokens, D) and mean.shape == rstd.shape == (B, F * tokens)
-        full = names == FULL
-        results = kernels.residual_norm_backward(
-            n, n, r, *(given.get(name) for name in NAMES[1:6]), given.get("weight"), mean, rstd, True, full, not full
-        )
+        results = backward(kernels, given, n, n, r, mean, rstd)
         assert results[0].shape == results[1].shape == r.shape
         for rows in results[2:]:
             assert rows is None or torch.equal(rows, torch.zeros_like(rows))
-        assert kernels.gated_residual_forward(x, y, gate, gate_base).shape == r.shape
-        dy, dgate = kernels.gated_residual_backward(r, y, gate, gate_base, True)
-        assert dy.shape == r.shape and dgate.shape == (B, F if full else 1, D)
+        assert kernels.gated_residual_forward(x, y, gate, *place(given)).shape == r.shape
+        dy, dgate = kernels.gated_residual_backward(r, y, gate, True, *place(given))
+        assert dy.shape == r.shape and dgate.shape == (B, F, D)
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +332,7 @@ def far_apart() -> Tensor:
 
 @pytest.mark.parametrize("axis", ["token", "sequence"])
 def test_offsets_beyond_32_bits(kernels: ModuleType, device: str, far_apart: Tensor, axis: str) -> None:
-    """Neighbours 2^30 elements apart: offsets pass 2^31, where 32 bits turn negative, and reach 2^32, where they are 0."""
+    """Neighbours 2^30 elements apart: offsets pass 2^31 and 2^32, in 32 bits negative and 0."""
     if device != "cpu":
         pytest.skip("a GPU has no memory that is there only where it is touched")
     shape = (1, 5, 1, 16) if axis == "token" else (5, 1, 1, 16)
@@ -350,13 +349,13 @@ def test_offsets_beyond_32_bits(kernels: ModuleType, device: str, far_apart: Ten
 @triton_only
 @pytest.mark.parametrize("names", [FULL, AFFINE, ("x",)], ids=["modulated", "affine", "bare"])
 def test_fp8_rows(kernels: ModuleType, device: str, names: tuple[str, ...]) -> None:
-    """q lies between what n, lower and higher by its error budget, would be rounded to."""
+    """q is between the casts of n less its error budget and of n plus it."""
     given = make_inputs(names, (2, 3, 5, 65), device, torch.bfloat16)
-    r, q, scale = kernels.residual_norm_fp8_forward(*arguments(given), EPS)
+    r, q, scale = kernels.residual_norm_fp8_forward(*arguments(given), EPS, *place(given))
     assert q.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32
     assert q.shape == given["x"].shape and scale.shape == (2, 15, 1)
     if "y" in names:
-        assert torch.equal(r, kernels.residual_norm_forward(*arguments(given), EPS)[0])
+        assert torch.equal(r, forward(kernels, given)[0])
     (_, low), (_, exact) = (formula(cast(given, dtype)) for dtype in (torch.float32, torch.float64))
     exact_scale = exact.abs().amax(-1, keepdim=True) / 448
     assert_within_budget(scale, low.abs().amax(-1, keepdim=True) / 448, exact_scale)
@@ -373,9 +372,9 @@ def test_fp8_rows(kernels: ModuleType, device: str, names: tuple[str, ...]) -> N
 def test_fp8_of_special_rows(kernels: ModuleType, device: str) -> None:
     x = torch.zeros(1, 2, 16, dtype=torch.bfloat16, device=device)
     x[0, 1, 3] = math.nan
-    _, q, scale = kernels.residual_norm_fp8_forward(x, *[None] * 9, EPS)
+    _, q, scale = kernels.residual_norm_fp8_forward(x, *[None] * 6, EPS, 2, 0)
     assert torch.equal(q[0, 0].float(), x[0, 0].float())
     assert torch.equal(scale[0, 0], torch.full_like(scale[0, 0], 1e-12 / 448))
     assert (q[0, 1].float() * scale[0, 1]).isnan().all()
-    empty = kernels.residual_norm_fp8_forward(x[:0], x[:0], *[None] * 8, EPS)
+    empty = kernels.residual_norm_fp8_forward(x[:0], x[:0], *[None] * 5, EPS, 2, 0)
     assert [t.shape for t in empty] == [(0, 2, 16), (0, 2, 16), (0, 2, 1)]

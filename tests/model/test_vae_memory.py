@@ -12,7 +12,7 @@ from pusa_fast import Tiling, VAEConfig, WanVAE
 from pusa_fast.device import weight_bytes
 from pusa_fast.model.vae import memory as vae_memory
 from pusa_fast.model.vae.memory import peak_bytes, resolve
-from pusa_fast.ops import products
+from pusa_fast.ops import registry
 from pusa_fast.testing import make_input, relative_error
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 DTYPES = [
     torch.float32,
     pytest.param(
-        torch.bfloat16, marks=pytest.mark.skipif(not products.ONEDNN_BF16, reason="no bf16 products in oneDNN here")
+        torch.bfloat16, marks=pytest.mark.skipif(not registry.ONEDNN_BF16, reason="no bf16 products in oneDNN here")
     ),
 ]
 TILINGS = [None, Tiling(tile=(6, 8), mode="exact"), Tiling(tile=(8, 8), stride=(6, 7))]

@@ -22,7 +22,7 @@ from pusa_fast.model.vae.modes import MODES, Clip, Finish, Runner, join
 from pusa_fast.model.vae.stages import decoder_stages, encoder_stages
 from pusa_fast.model.vae.stream import pointwise
 from pusa_fast.model.vae.tiling import Tiling
-from pusa_fast.ops.convolution import can_add
+from pusa_fast.ops.vae import can_add
 
 # The largest activation of a piece. On the CPU it should stay in the caches, and below what malloc takes from the
 # system anew each time; on a GPU it should be long enough to keep all processors busy at latent resolution.
@@ -46,7 +46,7 @@ class WanVAE(nn.Module):
         self.conv2 = CausalConv3d(cfg.z_dim, cfg.z_dim, 1)
         self.decoder = Decoder(cfg)
         self.chunk_bytes: int | None = None
-        self.adds: bool | None = None  # None: as the device can (`ops.convolution.can_add`)
+        self.adds: bool | None = None  # None: as the device can (`ops.vae.can_add`)
 
     @property
     def dtype(self) -> torch.dtype:

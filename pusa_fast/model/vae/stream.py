@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from pusa_fast import ops
 from pusa_fast.model.vae.layers import CausalConv3d, Downsample, FrameAttention, Head, ResidualBlock, Upsample
-from pusa_fast.ops.convolution import convolve, convolve_add_, convolve_frames
+from pusa_fast.ops.vae import convolve, convolve_add_, convolve_frames
 
 
 class Stream:
     """What the layers of one clip remember between pieces, and the buffer that their windows share.
 
-    `adds`: convolutions add to the residual stream themselves (`ops.convolution.can_add`). `last`: the piece under way
+    `adds`: convolutions add to the residual stream themselves (`ops.vae.can_add`). `last`: the piece under way
     is the clip's last, so that nothing has to be remembered.
     """
 

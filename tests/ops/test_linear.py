@@ -1,4 +1,4 @@
-"""Products with their bias and activation fused: right in every dtype, differentiable where autograd records."""
+"""Matmuls with their bias and activation fused: right in every dtype, differentiable where autograd records."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from pusa_fast import native as compiled_part
 from pusa_fast import ops
-from pusa_fast.ops import native, products
+from pusa_fast.native import rows as native
+from pusa_fast.ops import registry
 from pusa_fast.testing import assert_within_budget, make_input
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -85,7 +87,7 @@ def test_gradients_where_autograd_records(backend: str) -> None:
                 assert_within_budget(ours, theirs, exact)
 
 
-@pytest.mark.skipif(not products.ONEDNN_BF16, reason="no bf16 products in oneDNN here")
+@pytest.mark.skipif(not registry.ONEDNN_BF16, reason="no bf16 matmuls in oneDNN here")
 @torch.no_grad()
 def test_bf16_takes_the_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
@@ -156,15 +158,15 @@ def test_linear_rows_is_one_op_under_compile() -> None:
         torch.library.opcheck(torch.ops.pusa_fast.linear_rows, given)
 
 
-@pytest.mark.parametrize("isa", [] if native.available() else native._native.isas())
+@pytest.mark.parametrize("isa", [] if native.available() else compiled_part.compiled.isas())
 def test_linear_rows_on_every_instruction_set(isa: str) -> None:
-    before = native._native.isa()
+    before = compiled_part.compiled.isa()
     x, weight = make_input(3, 77), make_input(40, 77, seed=1, dtype=torch.bfloat16)
     try:
-        native._native.set_isa(isa)
+        compiled_part.compiled.set_isa(isa)
         out = native.linear_rows(x, weight, None)
     finally:
-        native._native.set_isa(before)
+        compiled_part.compiled.set_isa(before)
     assert_within_budget(out, nnf.linear(x, weight.float()), nnf.linear(x.double(), weight.double()))
 
 
@@ -189,7 +191,7 @@ def test_gelu_in_place_leaves_autograd_right(backend: str) -> None:
 
 def test_an_empty_batch_goes_backward(backend: str) -> None:
     x, row = torch.randn(0, 4, 16, requires_grad=True), torch.ones(16)
-    r, n = ops.residual_norm(x, x, gate_base=row, weight=row, bias=row)
+    r, n = ops.residual_norm(x, x, gate=row.expand(0, 2, 16), weight=row, bias=row)
     assert torch.autograd.grad((r.sum() + n.sum() + ops.rms_norm(x, row).sum()), x)[0].shape == x.shape
     assert ops.rms_norm(torch.randn(0, 4, 32)[..., ::2], row).shape == (0, 4, 16)
 
