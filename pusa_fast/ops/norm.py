@@ -222,8 +222,9 @@ def _setup_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _backward_rms_norm(ctx: Any, dn: Tensor, _rstd: Tensor) -> Grads:
     want_weight = ctx.needs_input_grad[1]
-    dx, dweight = _rms_norm_backward.operator(dn, *ctx.saved_tensors, want_weight)
-    return dx, _cast(dweight, ctx.saved_tensors[1]) if want_weight else None, None
+    x, weight, rstd = ctx.saved_tensors  # unpacked once: activation checkpointing allows no second time
+    dx, dweight = _rms_norm_backward.operator(dn, x, weight, rstd, want_weight)
+    return dx, _cast(dweight, weight) if want_weight else None, None
 
 
 _rms_norm.derivative(_setup_rms_norm, _backward_rms_norm)
