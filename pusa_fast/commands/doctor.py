@@ -53,7 +53,7 @@ def _native() -> dict[str, Any]:
     try:
         module = importlib.import_module("pusa_fast._native")
     except ImportError as error:
-        return {"reason": f"{error}; torch does its work. To build it: pip install -e ."}
+        return {"reason": f"{error}; plain torch replaces it. To build it: pip install -e ."}
     features = sorted(name for name, there in module.cpu_features().items() if there)
     failing = {f"cuda:{index}": blending.cuda_reason(index) for index in range(torch.cuda.device_count())}
     return {

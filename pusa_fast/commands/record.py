@@ -111,7 +111,7 @@ def text(record: Mapping[str, Any]) -> str:
 
 
 def read(path: str) -> dict[str, Any]:
-    """A clip.json written by `text`, types checked. OSError; ValueError for anything else."""
+    """A clip.json by `text`, its types checked. Raises OSError, or ValueError for anything else."""
     with open(path, "rb") as file:
         content = file.read(10_000_000)
     try:
