@@ -20,8 +20,8 @@ mkdir -p "$OUT"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [ -n "${WHEELS:-}" ]; then
   site=$(mktemp -d)
-  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl >>"$OUT/log.txt" 2>&1 &&
-    PYTHONPATH=$PYTHONPATH:$site
+  install=(-m pip install -q --no-index --no-deps --no-compile --target "$site")
+  "$PYTHON" "${install[@]}" "$WHEELS"/*.whl >>"$OUT/log.txt" 2>&1 && PYTHONPATH=$PYTHONPATH:$site
 fi
 
 # step NAME SECONDS COMMAND...: runs within its own limit and the rest of LIMIT; reports the exit code.
@@ -44,16 +44,19 @@ bench() {
   local name=$1 limit=$2 left=$((LIMIT - SECONDS))
   [ "$limit" -le "$left" ] || limit=$left
   local seconds=$((limit > 60 ? limit - 30 : 30))
-  step "$name" "$2" "$PYTHON" -m bench "$3" "{\"device\": \"cuda\", \"seconds\": $seconds, \"out\": \"$OUT/$name.json\"${4:+, $4}}"
+  step "$name" "$2" "$PYTHON" -m bench "$3" \
+    "{\"device\": \"cuda\", \"seconds\": $seconds, \"out\": \"$OUT/$name.json\"${4:+, $4}}"
 }
 
 e2e='"model": "wan2.1-t2v-14b", "random_weights": true'
 # The compiled part, for this interpreter and GPU. Without pybind11 or a compiler the fallbacks run.
 build_native() {
   local version pybind
-  pybind=$("$PYTHON" -m pybind11 --cmakedir) && version=$("$PYTHON" -c 'import pusa_fast; print(pusa_fast.__version__)') &&
-    cmake -S . -B build/gpu -DCMAKE_BUILD_TYPE=Release -DSKBUILD_PROJECT_VERSION_FULL="$version" -Dpybind11_DIR="$pybind" \
-      -DPython_EXECUTABLE="$(command -v "$PYTHON")" -DCMAKE_CUDA_ARCHITECTURES="${CUDA_ARCH:-90-real}" &&
+  pybind=$("$PYTHON" -m pybind11 --cmakedir) &&
+    version=$("$PYTHON" -c 'import pusa_fast; print(pusa_fast.__version__)') &&
+    cmake -S . -B build/gpu -DCMAKE_BUILD_TYPE=Release -DSKBUILD_PROJECT_VERSION_FULL="$version" \
+      -Dpybind11_DIR="$pybind" -DPython_EXECUTABLE="$(command -v "$PYTHON")" \
+      -DCMAKE_CUDA_ARCHITECTURES="${CUDA_ARCH:-90-real}" &&
     cmake --build build/gpu -j && cp build/gpu/_native*.so pusa_fast/ &&
     "$PYTHON" -c 'import pusa_fast._native as n; assert n.cuda_built(); print(n.isas())'
 }

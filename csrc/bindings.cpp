@@ -1,5 +1,5 @@
-// pusa_fast._native: the border between Python and C++. Raw pointers inside, no torch headers, so one build serves
-// every torch. Optional at run time: everything here has a torch fallback.
+// pusa_fast._native: the border between Python and C++. Raw pointers and no torch headers inside, so one
+// build serves every torch. Optional at run time: everything here has a torch fallback.
 #include <pybind11/pybind11.h>
 
 #include "cpu_features.hpp"
@@ -32,8 +32,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled parts of pusa_fast.";
   m.attr("__version__") = PUSA_VERSION;
   m.def("cpu_features", &cpu_features,
-        "Instruction sets usable here, by name: processor and operating system both agree.");
-  m.def("cuda_built", &cuda_built, "Whether this build holds CUDA code. Says nothing about a device being present.");
+        "Instruction sets by name: usable if processor and operating system both support them.");
+  m.def("cuda_built", &cuda_built, "Whether this build has CUDA code, with or without a device.");
 #ifdef PUSA_ROW_OPS
   pusa::bind_row_ops(m);
   pusa::bind_vae_tiling(m);

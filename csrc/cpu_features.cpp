@@ -33,12 +33,12 @@ Registers cpuid(std::uint32_t leaf, std::uint32_t subleaf) {
   r.ecx = static_cast<std::uint32_t>(out[2]);
   r.edx = static_cast<std::uint32_t>(out[3]);
 #else
-  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);  // leaves zeros when the leaf does not exist
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);  // zeros if the leaf does not exist
 #endif
   return r;
 }
 
-// XCR0: the register state that the operating system saves. Only valid where cpuid reports OSXSAVE.
+// XCR0: the register state that the operating system saves. Valid only if cpuid reports OSXSAVE.
 std::uint64_t saved_state() {
 #if defined(_MSC_VER)
   return _xgetbv(0);

@@ -1,4 +1,4 @@
-// What this processor and its operating system let a kernel use; read once, at run time, never at build time.
+// What this processor and its operating system let a kernel use, read at run time, never at build time.
 #pragma once
 
 #include <array>
@@ -10,9 +10,8 @@ struct CpuFeature {
   bool usable;
 };
 
-// In the order in which a dispatcher widens its choice. All false on processors other than x86-64.
-// "amx" is bf16 tiles; on Linux a process must still ask for the tile state (arch_prctl) before its first tile
-// instruction.
+// In the order in which the dispatcher checks them. All false on processors other than x86-64. "amx" means bf16
+// tiles; on Linux a process must request the tile state (arch_prctl) before its first tile instruction.
 std::array<CpuFeature, 6> cpu_features();
 
 }  // namespace pusa

@@ -1,4 +1,4 @@
-"""Model configurations, and every published Wan variant that Pusa runs on, as data."""
+"""Model configurations, and as data every published Wan variant that Pusa runs on."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ WAN_STD = (
 class DiTConfig:
     """Shape of a Wan video transformer.
 
-    Raises ValueError where the numbers cannot form one: `dim` not a multiple of `num_heads`, an odd
-    head dimension or `freq_dim`, or a size below one.
+    Raises ValueError for impossible numbers: `dim` not a multiple of `num_heads`, an odd head
+    dimension or `freq_dim`, a size below one.
     """
 
     dim: int
@@ -38,16 +38,8 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        for name in (
-            "dim",
-            "ffn_dim",
-            "num_heads",
-            "num_layers",
-            "in_channels",
-            "out_channels",
-            "text_dim",
-            "freq_dim",
-        ):
+        sizes = "dim ffn_dim num_heads num_layers in_channels out_channels text_dim freq_dim"
+        for name in sizes.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"DiTConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.num_heads:
@@ -56,7 +48,7 @@ class DiTConfig:
             raise ValueError(f"DiTConfig: head_dim={self.head_dim} and freq_dim={self.freq_dim} must be even")
         if len(self.patch_size) != 3 or self.patch_size[0] != 1:
             raise ValueError(
-                f"DiTConfig.patch_size must be (1, h, w): one token row per latent frame; got {self.patch_size}"
+                f"DiTConfig.patch_size must be (1, h, w), one token row per latent frame; got {self.patch_size}"
             )
 
     @property
@@ -66,9 +58,9 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Shape of a Wan2.1-layout causal video VAE; `latents_mean/std` hold `z_dim` floats each.
+    """Shape of a Wan2.1-layout causal video VAE; `latents_mean/std` have `z_dim` floats each.
 
-    Raises ValueError where the lengths of the tuples do not agree.
+    Raises ValueError if the tuples' lengths do not agree.
     """
 
     base_dim: int = 96
@@ -85,7 +77,7 @@ class VAEConfig:
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
                 f"VAEConfig.temporal_downsample needs {len(self.dim_mult) - 1} entries, one per downsampling between "
-                f"the {len(self.dim_mult)} levels of dim_mult; got {len(self.temporal_downsample)}"
+                f"the {len(self.dim_mult)} resolutions of dim_mult; got {len(self.temporal_downsample)}"
             )
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) != self.z_dim:
@@ -106,7 +98,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How frames, pixels and text of a model become latents and tokens, known without its weights.
+    """How a model's frames, pixels and text become latents and tokens; needs no weights.
 
     `spatial_factor`: pixels per latent pixel; `temporal_factor`: frames per latent frame after the
     first; `patch`: latents per token (frames, rows, columns); `channels` of a latent; `text_dim`,
@@ -122,7 +114,7 @@ class Geometry:
 
     @classmethod
     def of(cls, dit: DiTConfig, vae: VAEConfig, text_len: int = 512) -> Geometry:
-        """Of a transformer with a VAE. Raises ValueError where their latents differ in channels."""
+        """Of a transformer and a VAE. Raises ValueError if their latents differ in channels."""
         channels = (dit.in_channels, dit.out_channels, vae.z_dim)
         if len(set(channels)) > 1:
             raise ValueError(
@@ -133,7 +125,7 @@ class Geometry:
 
     @property
     def multiples(self) -> tuple[int, int]:
-        """(height, width) of one token in pixels: every height and width is a multiple."""
+        """(height, width) of one token in pixels: a clip's size must be a multiple."""
         return self.spatial_factor * self.patch[1], self.spatial_factor * self.patch[2]
 
     def clip(self, latents: tuple[int, ...]) -> tuple[int, int, int]:
@@ -144,8 +136,7 @@ class Geometry:
 
 _WAN_14B = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
-# Published variants by name. An exact match of tensor names and shapes with one of these configures
-# a bare checkpoint.
+# Published variants. A bare checkpoint gets the configuration whose tensor names and shapes match.
 MODELS: Mapping[str, DiTConfig | VAEConfig] = MappingProxyType(
     {
         "wan2.1-t2v-14b": _WAN_14B,

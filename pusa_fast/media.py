@@ -1,4 +1,4 @@
-"""What callers give as `Condition.media` -> uint8 frames: paths, PIL pictures, arrays, tensors, lists of pictures."""
+"""`Condition.media` -> uint8 frames: paths, PIL pictures, arrays, tensors, lists of pictures."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".mpo", ".webp", ".bmp", 
 
 @dataclass(frozen=True)
 class Medium:
-    """`frames` in it (None: a picture); `read(n)` gives the first n, or all there are, as uint8 [T,H,W,3]."""
+    """`frames` in it (None: a picture); `read(n)`: the first n, or all, as uint8 [T,H,W,3]."""
 
     frames: int | None
     read: Callable[[int], Tensor]
 
 
 def open_media(media: object) -> Medium:
-    """Look at what was given: pictures are read, clips only counted.
+    """Read a picture, or count a clip's frames. FileNotFoundError: the file is missing.
 
-    Raises ValueError for a type, dtype or shape that no condition takes, or a damaged file; FileNotFoundError for a missing one.
+    Raises ValueError for a damaged file, and for a type, dtype or shape that no condition takes.
     """
     if isinstance(media, (str, os.PathLike)):
         return _open_path(Path(media))
@@ -42,7 +42,8 @@ def open_media(media: object) -> Medium:
     if hasattr(media, "shape") and hasattr(media, "dtype"):
         return _open_array(media)
     raise ValueError(
-        f"a {type(media).__name__} is no medium: give a path, a PIL image, a list of them, or uint8 frames [H,W,3] or [T,H,W,3]"
+        f"media cannot be a {type(media).__name__}: give a path, a PIL image, a list of them, "
+        "or uint8 frames [H,W,3] or [T,H,W,3]"
     )
 
 
@@ -58,7 +59,7 @@ def _open_path(path: Path) -> Medium:
 
 
 def _open_file(file: MediaFile) -> Medium:
-    """A clip is decoded to its end here, so that damage is found before a model runs; frames are kept once they are read."""
+    """Decodes a clip to its end: damage must show before a model runs. Read frames are cached."""
     from pusa_fast import video
 
     if file.picture:
@@ -76,7 +77,8 @@ def _open_sequence(pictures: Sequence[Any]) -> Medium:
     for number, picture in enumerate(pictures):
         if not _is_pil(picture):
             raise ValueError(
-                f"a list of media holds PIL images; entry {number} is a {type(picture).__name__}: use one Condition each"
+                f"a list of media holds PIL images, but entry {number} is a {type(picture).__name__}: "
+                "use one Condition each"
             )
     if not pictures:
         raise ValueError("the list of pictures is empty: give at least one")

@@ -1,4 +1,4 @@
-"""How correctness is judged: error budgets against a float64 oracle, and seeded inputs. Shared by tests and benchmarks."""
+"""Error budgets against a float64 oracle, and seeded inputs; shared by tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def max_error(value: Tensor, oracle: Tensor) -> float:
-    """Largest absolute difference, in float64; 0 for empty tensors, NaN where either holds one. ValueError: shapes differ."""
+    """Largest absolute difference in float64; 0 if empty, NaN if any. ValueError: shapes differ."""
     if value.shape != oracle.shape:
         raise ValueError(f"cannot compare shape {tuple(value.shape)} with {tuple(oracle.shape)}")
     if not value.numel():
@@ -20,9 +20,10 @@ def max_error(value: Tensor, oracle: Tensor) -> float:
 def error_budget(low: Tensor, oracle: Tensor) -> float:
     """The largest absolute error a kernel may have: `2 * (err + eps * max|oracle|)`.
 
-    `low` is plain torch's result in the kernel's dtype, `err` its own largest error, `eps` that of its dtype; `oracle` is
-    the same mathematics in float64 on the same (already rounded) inputs. So a kernel is asked to be about as good as
-    torch, and no tolerance is ever chosen by hand. Raises ValueError where shapes differ or `oracle` is not float64.
+    `low` is plain torch's result in the kernel's dtype, `err` its largest error, `eps` its dtype's
+    epsilon; `oracle` is the same formula in float64 on the same (already rounded) inputs. A kernel
+    must be about as good as torch; no tolerance is chosen by hand. Raises ValueError where shapes
+    differ or `oracle` is not float64.
     """
     if oracle.dtype != torch.float64:
         raise ValueError(f"the oracle must be computed in float64, got {oracle.dtype}")
@@ -31,22 +32,22 @@ def error_budget(low: Tensor, oracle: Tensor) -> float:
 
 
 def assert_within_budget(candidate: Tensor, low: Tensor, oracle: Tensor, what: str = "result") -> None:
-    """Raises AssertionError, with the figures, unless `candidate` lies within `error_budget(low, oracle)`.
+    """Raises AssertionError, with the figures, if `candidate` exceeds `error_budget(low, oracle)`.
 
-    NaN fails. Raises ValueError where `candidate` and `low` differ in shape or dtype, for then the budget says nothing.
+    NaN fails. Raises ValueError if `candidate` and `low` differ in shape or dtype.
     """
     if candidate.dtype != low.dtype:
         raise ValueError(f"{what}: the budget is for {low.dtype}, the candidate is {candidate.dtype}")
     error, budget = max_error(candidate, oracle), error_budget(low, oracle)
     if not error <= budget:
         raise AssertionError(
-            f"{what}: largest error {error:.3e} exceeds the budget {budget:.3e} ({candidate.dtype}, shape {tuple(candidate.shape)}; "
-            f"plain torch is off by {max_error(low, oracle):.3e})"
+            f"{what}: largest error {error:.3e} exceeds the budget {budget:.3e} ({candidate.dtype}, "
+            f"shape {tuple(candidate.shape)}; plain torch is off by {max_error(low, oracle):.3e})"
         )
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Norm of the difference over the norm of the reference, in float64. ValueError: shapes differ."""
+    """Norm of the difference over that of the reference, in float64. ValueError: shapes differ."""
     if value.shape != reference.shape:
         raise ValueError(f"cannot compare shape {tuple(value.shape)} with {tuple(reference.shape)}")
     exact = reference.detach().double()
@@ -65,10 +66,10 @@ def make_input(
     scale: float = 1.0,
     padded: bool = False,
 ) -> Tensor:
-    """Normal deviates that depend on shape and seed alone: drawn in float64 on the CPU, then scaled and cast.
+    """Normal deviates, a function of shape and seed: drawn in float64 on the CPU, scaled and cast.
 
-    `padded` leaves a gap of three elements after each row (last axis) and fills it with NaN: strides are not the
-    contiguous ones, and a kernel that reads a neighbour shows it.
+    `padded` adds three NaNs after each row (last axis): strides are not contiguous, and a kernel
+    that reads beyond a row shows it.
     """
     generator = torch.Generator().manual_seed(seed)
     values = (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)

@@ -1,8 +1,8 @@
-"""Files <-> uint8 tensors: videos through PyAV, pictures through Pillow. Every file is written whole or not at all.
+"""Files <-> uint8 tensors, videos by PyAV, pictures by Pillow. Writes a file whole or not at all.
 
-Shapes: T frames, H height, W width; frames are uint8 [T,H,W,3], RGB. A size is (width, height), as people write it.
-Videos read: whatever FFmpeg decodes, and a folder of PNGs. Written, chosen by the path: `name.mp4` (H.264), `name.gif`, and
-`name/` (or any folder that exists): a PNG per frame, `0000.png` upwards.
+Shapes: T frames, H height, W width; frames are uint8 [T,H,W,3], RGB. A size is (width, height).
+Reads any video that FFmpeg decodes, and folders of PNGs. Writes, by the path: `name.mp4` (H.264),
+`name.gif`, and `name/` (or any existing folder): a PNG per frame, `0000.png` upwards.
 """
 
 from __future__ import annotations
@@ -46,29 +46,18 @@ _GIF_RATE = 50  # frames per second
 FIT_MODES = ("crop", "pad", "stretch")
 _SCALING = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT
 _TEXT = ("tty", "bin", "xbin", "adf", "idf")  # FFmpeg plays any text file as terminal art
-# FFmpeg's codes for the matrix of a file's colours -> PyAV's names; other codes, such as "unspecified", are guessed from the size.
+# FFmpeg's codes for a file's colour matrix -> PyAV's names; for other codes the size decides.
 _MATRICES = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020", 10: "BT2020"}
 _TIME_BASE = 1_000_000  # FFmpeg's AV_TIME_BASE: a container's units of time in a second
 _LIMITED_RANGE = 1  # FFmpeg's AVCOL_RANGE_MPEG: luma from 16 to 235
 _BT709 = 1  # the code of BT.709 for matrix, transfer and primaries alike
-# What Pillow raises for a damaged file, besides OSError: its parsers let struct, zlib and index errors through.
-_DAMAGED = (
-    OSError,
-    zlib.error,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-)
+# What Pillow raises for a damaged file: its parsers let struct, zlib and lookup errors through.
+_DAMAGED = (OSError, zlib.error, SyntaxError, ValueError, EOFError, struct.error, LookupError, TypeError, OverflowError)
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """`frames` in the file, `fps` (frames per second, average), `width` and `height` in pixels as displayed."""
+    """`frames` in the file, average `fps`, `width` and `height` in pixels as displayed."""
 
     frames: int
     fps: float
@@ -77,7 +66,7 @@ class VideoInfo:
 
 
 def probe(path: PathLike) -> VideoInfo:
-    """Size, rate and frame count, decoding one frame. Raises ValueError or an OSError that names the file."""
+    """Size, rate and frame count, decoding one frame. ValueError or OSError names the file."""
     if os.path.isdir(path):
         pictures = _pictures(path)
         height, width, _ = read_image(pictures[0]).shape
@@ -94,21 +83,22 @@ def probe(path: PathLike) -> VideoInfo:
 
 
 def measure(path: PathLike, fps: float | None = None) -> VideoInfo:
-    """As `probe`, but `frames` are those that `iter_video` gives: the file is decoded to its end. Raises as `iter_video`."""
+    """As `probe`, but `frames` is counted by decoding to the end; raises as `iter_video`."""
     return replace(probe(path), frames=sum(1 for _ in lazy_frames(path, fps)))
 
 
 def iter_video(path: PathLike, fps: float | None = None) -> Iterator[Array]:
     """Frames [H,W,3] one after another, rotated as the file's metadata says.
 
-    `fps` resamples: frame k is the one whose time is nearest to k / fps. None gives every frame; a folder of PNGs has no
-    times, its pictures are taken as they are. Raises ValueError for a file that is no video, is damaged, or ends early.
+    `fps` resamples: frame k is the one nearest in time to k / fps. None gives every frame; a folder
+    of PNGs has no times and gives every picture. Raises ValueError for a file that is not a video,
+    is damaged, or ends early.
     """
     return (convert() for convert in lazy_frames(path, fps))
 
 
 def lazy_frames(path: PathLike, fps: float | None = None) -> Iterator[Callable[[], Array]]:
-    """As `iter_video`, but calls that give the frames: one that is skipped is decoded, but not converted."""
+    """As `iter_video`, but calls that return frames: a skipped one is decoded, not converted."""
     if os.path.isdir(path):
         return (partial(_read_array, picture) for picture in _pictures(path))
     timed = _decode(path)
@@ -119,9 +109,10 @@ def lazy_frames(path: PathLike, fps: float | None = None) -> Iterator[Callable[[
 def read_video(
     path: PathLike, fps: float | None = None, max_frames: int | None = None, *, last_frames: int | None = None
 ) -> Tensor:
-    """Frames as uint8 [T,H,W,3]: all of them, the first `max_frames` or the last `last_frames`; `fps` as in `iter_video`.
+    """Frames as uint8 [T,H,W,3]: all, the first `max_frames` or the last `last_frames`.
 
-    Memory holds only the frames returned. Raises as `iter_video`; also ValueError where the frames differ in size.
+    `fps`: see `iter_video`. Memory holds only the returned frames. Raises as `iter_video`, and
+    ValueError if the frames differ in size.
     """
     frames = itertools.islice(lazy_frames(path, fps), max_frames)
     kept = [convert() for convert in (frames if last_frames is None else deque(frames, maxlen=last_frames))]
@@ -142,7 +133,7 @@ def check_whole(path: PathLike) -> None:
 
 
 def _pictures(folder: PathLike) -> list[Path]:
-    """The PNGs of a folder, numbers in their names counted as numbers."""
+    """The PNGs of a folder, sorted by the numbers in their names."""
     found = [
         entry for entry in Path(folder).iterdir() if entry.suffix.lower() == ".png" and not entry.name.startswith(".")
     ]
@@ -159,15 +150,15 @@ def _opened(path: PathLike) -> Iterator[tuple[Any, Any]]:
     """(container, video stream); FFmpeg's errors become ValueErrors that name the file."""
     import av
 
-    with open(path, "rb") as file:  # the plain errors (missing, forbidden) come from here
+    with open(path, "rb") as file:  # raises the plain errors (missing, forbidden)
         if not (start := file.read(3)):
             raise ValueError(f"{path} is empty: give a video file")
-        if start == b"GIF":  # the only format without a length in its header: it ends in a semicolon
+        if start == b"GIF":  # the only format without a length in its header; it ends in a semicolon
             file.seek(max(0, os.path.getsize(path) - 64))
             if not file.read().rstrip(b"\0").endswith(b";"):
                 raise ValueError(f"{path} ends early: it is truncated")
     try:
-        # An absolute path cannot be taken for a protocol ("a:b.mp4"), and a playlist must not reach for the network.
+        # An absolute path is never a protocol ("a:b.mp4"); playlists must not reach the network.
         with av.open(os.path.abspath(path), options={"protocol_whitelist": "file"}) as container:
             if not container.streams.video or container.format.name in _TEXT:
                 raise ValueError(f"{path} holds no video stream: give a video file")
@@ -185,7 +176,7 @@ def _opened(path: PathLike) -> Iterator[tuple[Any, Any]]:
 
 
 def _decode(path: PathLike) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame]]:
-    """(time, duration, frame), times in seconds from the first frame. Raises ValueError where the file ends early."""
+    """(time, duration, frame), in seconds from the first frame. ValueError: the file ends early."""
     with _opened(path) as (container, stream):
         usual = 1 / Fraction(stream.average_rate or 25)
         start, end, count = None, Fraction(0), 0
@@ -204,8 +195,8 @@ def _decode(path: PathLike) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame]
 
 
 def _promised(container: Any, stream: Any, start: Fraction) -> Fraction | None:
-    """When the file's header says that its video ends, in seconds. A stream's own length counts from its first frame, at
-    `start`; Matroska's tag and the container's length count from 0."""
+    """The end of the video in seconds according to the header. A stream's length counts from its
+    first frame, at `start`; Matroska's tag and the container's length count from 0."""
     if stream.duration is not None:
         return start + Fraction(stream.duration * stream.time_base)
     if tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
@@ -215,7 +206,7 @@ def _promised(container: Any, stream: Any, start: Fraction) -> Fraction | None:
 
 
 def _upright(frame: av.VideoFrame) -> Array:
-    """RGB [H,W,3] with the file's matrix (BT.709 where an HD file does not say) and its quarter turns."""
+    """RGB [H,W,3] by the file's matrix (BT.709 if an HD file names none) and its quarter turns."""
     matrix = _MATRICES.get(frame.colorspace, "ITU709" if frame.height >= 720 else "ITU601")
     rgb = frame.reformat(format="rgb24", src_colorspace=matrix, interpolation=_SCALING, threads=1).to_ndarray()
     return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)), dtype=np.uint8)
@@ -230,7 +221,7 @@ def _resample(timed: Iterator[tuple[Fraction, Fraction, av.VideoFrame]], fps: Fr
             yield held[2]
             target = next(wanted) / fps
         held = time, duration, frame
-    # The last frame stands until it ends, less a quarter: timestamps in milliseconds must not add a frame.
+    # The last frame lasts until its end, less a quarter: rounded timestamps must not add a frame.
     while held is not None and target < held[0] + held[1] * Fraction(3, 4):
         yield held[2]
         target = next(wanted) / fps
@@ -244,14 +235,14 @@ def rate_of(fps: float) -> Fraction:
 
 
 def read_image(path: PathLike) -> Tensor:
-    """A picture as uint8 [H,W,3]: EXIF rotation applied, transparency composited on black, 16 bits and palettes brought to 8-bit RGB.
+    """A picture as uint8 [H,W,3], rotated by its EXIF, converted as by `rgb_array`.
 
-    Raises ValueError for a file that is no picture, is damaged, or would unpack to more than MAX_PIXELS.
+    ValueError: the file is not a picture, is damaged, or would unpack to more than MAX_PIXELS.
     """
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
         try:
-            Image.init()  # without it only the formats met so far are known
+            Image.init()  # without it Pillow knows only the formats used so far
             with Image.open(file, formats=[name for name in PICTURE_FORMATS if name in Image.OPEN]) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
@@ -274,7 +265,7 @@ def _read_array(path: PathLike) -> Array:
 
 
 def rgb_array(image: Image.Image) -> Array:
-    """uint8 [H,W,3] of any picture: transparency on black, 16 bits brought to 8. Raises ValueError for floating-point pixels."""
+    """8-bit RGB [H,W,3]: transparency on black, 16 bits reduced to 8. ValueError: float pixels."""
     if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion clips them at 255
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
         grey = ((wide * 255 + 32767) // 65535).astype(np.uint8)
@@ -288,10 +279,10 @@ def rgb_array(image: Image.Image) -> Array:
 
 
 def fit(frames: Tensor, size: tuple[int, int], mode: str = "crop") -> Tensor:
-    """uint8 [T,H,W,3] or [H,W,3] brought to `size` = (width, height) with a Lanczos filter.
+    """uint8 [T,H,W,3] or [H,W,3] resized to `size` = (width, height) with a Lanczos filter.
 
-    crop: fill the size, cut what hangs over on both sides; pad: keep everything, black bars; stretch: change the aspect.
-    Frames that have the size already are returned as they are. Raises ValueError for another mode.
+    crop: fill the size, cut both sides equally; pad: keep everything, add black bars; stretch:
+    change the aspect. Frames of that size are returned as they are. ValueError: another mode.
     """
     if mode not in FIT_MODES:
         raise ValueError(f"fit={mode!r} is unknown: use {', '.join(FIT_MODES)}")
@@ -303,7 +294,7 @@ def fit(frames: Tensor, size: tuple[int, int], mode: str = "crop") -> Tensor:
 
 
 def _fit_one(image: Image.Image, size: tuple[int, int], mode: str) -> Array:
-    """crop scales by the larger of the two ratios and cuts in the source, so that the centre is exact; pad by the smaller."""
+    """crop scales by the larger ratio and cuts in the source (exact centre); pad by the smaller."""
     ratios = (size[0] / image.width, size[1] / image.height)
     box = (0.0, 0.0, float(image.width), float(image.height))
     inner = size
@@ -322,45 +313,34 @@ def _fit_one(image: Image.Image, size: tuple[int, int], mode: str) -> Array:
 
 
 def contact_sheet(frames: Tensor, longest: int = 1600) -> Image.Image:
-    """n x n frames of the clip [T,H,W,3], evenly spread from the first to the last, in reading order; n at most 4.
+    """n x n frames of the clip [T,H,W,3], evenly spread, in reading order; n at most 4.
 
-    As many rows as columns keep the sheet in the clip's own aspect. Small frames are enlarged by whole pixels to about 512,
-    large sheets reduced to `longest` pixels.
+    Equal rows and columns keep the clip's aspect. Small sheets are enlarged by whole pixels to
+    about 512, large ones reduced to `longest` pixels.
     """
     count, height, width, _ = frames.shape
     side = min(4, int(count**0.5))
     spread = torch.linspace(0, count - 1, side * side).round().long() if side > 1 else torch.zeros(1, dtype=torch.long)
-    tiles = (
-        frames[spread]
-        .reshape(side, side, height, width, 3)
-        .permute(0, 2, 1, 3, 4)
-        .reshape(side * height, side * width, 3)
-    )
-    sheet = Image.fromarray(tiles.cpu().numpy())
+    tiles = frames[spread].reshape(side, side, height, width, 3).permute(0, 2, 1, 3, 4)
+    sheet = Image.fromarray(tiles.reshape(side * height, side * width, 3).cpu().numpy())
     larger = max(sheet.size)
     if larger < 512:
         return sheet.resize((sheet.width * (512 // larger), sheet.height * (512 // larger)), Image.Resampling.NEAREST)
     if larger > longest:
-        return sheet.resize(
-            (max(1, sheet.width * longest // larger), max(1, sheet.height * longest // larger)),
-            Image.Resampling.LANCZOS,
-        )
+        size = (max(1, sheet.width * longest // larger), max(1, sheet.height * longest // larger))
+        return sheet.resize(size, Image.Resampling.LANCZOS)
     return sheet
 
 
 def check_target(path: PathLike, fps: float) -> None:
-    """Raises ValueError for a path or rate that `write_video` has no format for, or a folder with more than numbered PNGs in it."""
+    """ValueError: no format for this path or rate; a folder with more than numbered PNGs in it."""
     rate = rate_of(fps)
     if _is_folder(path):
         file = os.fspath(path).rstrip("/" + os.sep)
         if os.path.lexists(file) and not os.path.isdir(file):
             raise ValueError(f"{path} means a folder of PNGs, but {file} is a file: choose another name")
-        kept = (
-            [entry.name for entry in Path(path).iterdir() if not re.fullmatch(r"\d+\.png", entry.name)]
-            if os.path.isdir(path)
-            else []
-        )
-        if kept:
+        names = os.listdir(path) if os.path.isdir(path) else []
+        if kept := [name for name in names if not re.fullmatch(r"\d+\.png", name)]:
             raise ValueError(
                 f"{path} holds {kept[0]}, not numbered PNGs only, and would be replaced: choose another folder"
             )
@@ -370,22 +350,23 @@ def check_target(path: PathLike, fps: float) -> None:
         raise ValueError(f"{path} is a folder: choose another name, or end it in / for a folder of PNGs")
     elif os.path.splitext(path)[1].lower() == ".gif" and rate > _GIF_RATE:
         raise ValueError(
-            f"{path}: players show a GIF at no more than {_GIF_RATE} frames per second, got {float(rate):g}: lower the rate"
+            f"{path}: a GIF plays at most {_GIF_RATE} frames per second, got {float(rate):g}: lower the rate"
         )
 
 
 def write_video(path: PathLike, frames: Tensor | Iterable[Array | Tensor], fps: float) -> None:
-    """Write uint8 frames [H,W,3], all of one size; the path chooses the format (see the module). An existing file is replaced.
+    """Write uint8 frames [H,W,3] of one size, replacing `path`, which chooses the format.
 
-    An iterable is written as it comes (a GIF needs all frames for its palette). Equal frames give equal bytes, whatever the
-    number of cores. Raises ValueError for a format, rate or size that cannot be written, OSError for a full or forbidden disk.
+    An iterable is written as it comes (a GIF needs all frames for its palette). Equal frames give
+    equal bytes on any number of cores. Raises ValueError for a format, rate or size that cannot be
+    written, OSError for a full or forbidden disk.
     """
     with staged(path) as temporary:
         encode_video(temporary, path, frames, fps)
 
 
 def encode_video(temporary: Path, path: PathLike, frames: Tensor | Iterable[Array | Tensor], fps: float) -> None:
-    """As `write_video`, in the format of `path` but at the name `temporary`, for a caller that renames several files at once."""
+    """As `write_video`, in `path`'s format but named `temporary`, which the caller renames."""
     check_target(path, fps)
     rate = rate_of(fps)
     arrays = (frame.cpu().numpy() if isinstance(frame, Tensor) else frame for frame in frames)
@@ -403,7 +384,7 @@ def encode_video(temporary: Path, path: PathLike, frames: Tensor | Iterable[Arra
 
 @contextmanager
 def staged(path: PathLike) -> Iterator[Path]:
-    """A temporary name beside `path`, moved to it where the block succeeds and removed where it does not."""
+    """A temporary name in `path`'s folder: moved to `path` if the block succeeds, else removed."""
     target = Path(os.path.abspath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "the folder to write into does not exist", str(target.parent))
@@ -418,7 +399,7 @@ def staged(path: PathLike) -> Iterator[Path]:
 
 
 def _move(temporary: Path, target: Path) -> None:
-    """Replace `target`. A folder only replaces an empty one: the old one steps aside, and goes once the new one is in place."""
+    """Replace `target`. os.replace only replaces empty folders: a full one is moved aside first."""
     aside = temporary.with_suffix(".old") if temporary.is_dir() and target.is_dir() else None
     try:
         if aside is not None:
@@ -463,7 +444,7 @@ def _write_mp4(path: Path, frames: Iterator[Array], rate: Fraction) -> None:
                 stream = container.add_stream("libx264", rate=rate, options={"crf": "14", "preset": "fast"})
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
                 coding = stream.codec_context
-                coding.thread_count = 4  # x264's choices depend on it, so it must not follow the machine
+                coding.thread_count = 4  # x264's output depends on it: the same on every machine
                 coding.colorspace = coding.color_primaries = coding.color_trc = _BT709
                 coding.color_range = _LIMITED_RANGE
             elif array.shape != (stream.height, stream.width, 3):
@@ -482,7 +463,7 @@ def _write_mp4(path: Path, frames: Iterator[Array], rate: Fraction) -> None:
 
 
 def _write_gif(path: Path, frames: Iterator[Array], rate: Fraction) -> None:
-    """One palette for the clip, so that still areas do not flicker; delays are hundredths of a second that add up to the rate."""
+    """One palette, so that still areas do not flicker; delays of n/100 s add up to the rate."""
     clip = np.stack(list(frames))
     sample = clip[np.linspace(0, len(clip) - 1, min(16, len(clip))).round().astype(int)]
     palette = Image.fromarray(sample.reshape(-1, clip.shape[2], 3)).quantize(256, method=Image.Quantize.MEDIANCUT)

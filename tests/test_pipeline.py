@@ -314,7 +314,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"conditions": [Condition([])]}, "the list of pictures is empty"),
     ({"conditions": [Condition(["a.png"])]}, "entry 0 is a str: use one Condition each"),
     ({"conditions": [Condition([picture(), picture(size=(9, 9))])]}, "the pictures of one clip differ in size"),
-    ({"conditions": [Condition(3.5)]}, "a float is no medium: give a path, a PIL image"),
+    ({"conditions": [Condition(3.5)]}, "media cannot be a float: give a path, a PIL image"),
     ({"conditions": ["first.png"]}, "not a Condition"),
 ]
 

@@ -64,7 +64,7 @@ def train(
         saved = torch.load(path, weights_only=True)
         if saved["plan"] != plan:
             raise ValueError(
-                f"{path} is of another run ({saved['plan']}, not {plan}): delete it, or give another --run"
+                f"{path} is from another run ({saved['plan']}, not {plan}): delete it, or give another --run"
             )
         start, spent = saved["step"], saved["seconds"]
         for key, module in modules.items():

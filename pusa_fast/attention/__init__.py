@@ -1,7 +1,7 @@
-"""Exact attention on [B, L, H, K], by a table of backends. Strided views are accepted: no backend asks for a copy.
+"""Exact attention on [B, L, H, K] through a table of backends; strided views need no copy.
 
-`auto` takes the best backend of the device (table.py: ORDER) that is there and works; SageAttention, which quantises, only
-runs when asked for by name. Only `sdpa` on the CPU has run so far: the others are written from their sources (flash.py).
+`auto` takes the device's best working backend (table.py: ORDER); SageAttention, which quantises,
+runs only when named. Only `sdpa` on the CPU has run so far; flash.py says what the others rest on.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ __all__ = ["BACKENDS", "ORDER", "attention", "backends", "resolve"]
 
 
 def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
-    """Every backend by name, with the reason `device` (None: the GPU where there is one) cannot use it, or None where it can.
+    """Each backend by name, and why `device` (None: the GPU, if any) cannot use it, or None.
 
-    Each one found is tried on a small forward at head dimension 128, in bfloat16 on a GPU.
+    Each one found runs a small forward at head dimension 128, in bfloat16 on a GPU.
     """
     where = parse_device(device)
     refusals = {name: refusal(name, where, default_dtype(where), 128, False, False) for name in BACKENDS}
@@ -34,10 +34,10 @@ def resolve(
     head_dim: int = 128,
     grad: bool = False,
 ) -> str:
-    """The name of the backend that `backend` ("auto" included) stands for on `device` (None: the GPU where there is one).
+    """The backend that `backend`, "auto" included, selects on `device` (None: the GPU, if any).
 
-    `dtype` None: bfloat16 on a GPU, float32 elsewhere. `grad`: gradients are wanted. Raises ValueError for a name that is
-    unknown, and for a backend asked for by name that cannot be used there.
+    `dtype` None: bfloat16 on a GPU, float32 elsewhere. `grad`: gradients are wanted. Raises
+    ValueError for an unknown name, and for a named backend that cannot be used there.
     """
     where = parse_device(device)
     return chosen(
@@ -46,9 +46,9 @@ def resolve(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
-    """softmax(q k^T / sqrt(K)) v, full and unmasked. q [B, Lq, H, K]; k, v [B, Lk, H, K]; returns [B, Lq, H, K].
+    """softmax(q k^T / sqrt(K)) v, unmasked. q [B, Lq, H, K]; k, v [B, Lk, H, K] -> [B, Lq, H, K].
 
-    Raises ValueError for shapes or dtypes that do not agree, and for a backend that is unknown or unusable here.
+    ValueError: shapes, dtypes or devices that do not agree; a backend that is unknown or unusable.
     """
     of_q, of_k = q.shape, k.shape
     if len(of_q) != 4 or len(of_k) != 4 or of_k != v.shape or of_q[0] != of_k[0] or of_q[2:] != of_k[2:]:
@@ -63,5 +63,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
         )
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    head_dim = operator.index(of_q[3])  # torch.compile takes a head dimension for a constant, even among dynamic shapes
+    head_dim = operator.index(of_q[3])  # a constant to torch.compile, even with dynamic shapes
     return BACKENDS[chosen(backend, device, dtype, head_dim, grad, deterministic)].run(q, k, v)

@@ -1,9 +1,9 @@
-"""The attention packages behind one custom op, `pusa_fast::flash_attention(q, k, v, backend) -> (out, lse)`.
+"""The attention packages as one custom op, `pusa_fast::flash_attention(q, k, v, backend)`.
 
-As one op with a fake and a gradient, each of them works under torch.compile and on meta tensors, and a checkpoint policy
-can keep out and lse by name. The entry points are those of flash-attn 2.7 and later, flash_attn_interface (FA3),
-flash-attn-4 4.0.0b36 and sageattention 1.0.6. None of this has run on a GPU: their sources were read, and FA4 was seen to
-compile both calls for sm_90a at head dimensions from 8 to 256.
+With one fake and one gradient, each works under torch.compile and on meta tensors, and a checkpoint
+policy can keep (out, lse) by name. The entry points are those of flash-attn 2.7 and later,
+flash_attn_interface (FA3), flash-attn-4 4.0.0b36 and sageattention 1.0.6. None of this has run on
+a GPU: it follows their sources; FA4's two calls compile for sm_90a at head dimensions 8 to 256.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # dout, q, k, v, 
 class Package:
     """What to import (the last module is called), how to install it, and its two entry points.
 
-    forward(module, q, k, v, scale) -> (out, lse); backward(module, (dout, q, k, v, out, lse), (dq, dk, dv), scale,
-    deterministic) fills dq, dk and dv. All are [B, L, H, K] of any strides, the last one 1; lse is [B, H, Lq] in float32.
+    forward(module, q, k, v, scale) -> (out, lse); backward(module, (dout, q, k, v, out, lse),
+    (dq, dk, dv), scale, deterministic) fills dq, dk and dv. All are [B, L, H, K], last stride 1,
+    the others any; lse is [B, H, Lq] in float32.
     """
 
     modules: tuple[str, ...]
@@ -55,8 +56,8 @@ def _fa2_backward(fa2: Any, saved: Saved, grads: QKV, scale: float, deterministi
     )
 
 
-# FA3's arguments for caches, ragged batches, rotary tables and fp8 scales have no defaults in its earlier versions, and the names
-# of some changed since: by position they are the same in all.
+# FA3's arguments for caches, ragged batches, rotary tables and fp8 scales have no defaults in early
+# versions, and some were renamed: by position they are the same in all.
 _FA3_FORWARD_UNUSED, _FA3_BACKWARD_UNUSED = (None,) * 20, (None,) * 6
 
 
@@ -82,8 +83,8 @@ def _fa4_backward(fa4: Any, saved: Saved, grads: QKV, scale: float, deterministi
 
 
 def _sage_forward(sage: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    # Subtracting the mean key, which softmax does not see, is what makes int8 keys good enough. Its own `smooth_k` would do
-    # that in place, in the caller's tensor.
+    # Subtracting the mean key, which softmax ignores, makes int8 keys accurate enough. Sage's own
+    # `smooth_k` would do so in place, in the caller's tensor.
     k = k - k.mean(1, keepdim=True)
     out = sage.sageattn(q, k, v, tensor_layout="NHD", is_causal=False, sm_scale=scale, smooth_k=False)
     return out, q.new_full((q.shape[0], q.shape[2], q.shape[1]), torch.nan, dtype=torch.float32)
@@ -103,7 +104,7 @@ PACKAGES: Mapping[str, Package] = MappingProxyType(
             _fa3_forward,
             _fa3_backward,
         ),
-        # flash-attn 2.8 carries an earlier `flash_attn.cute`, which without cutlass is no installation of FA4.
+        # flash-attn 2.8 ships an earlier `flash_attn.cute`: without cutlass that is not FA4.
         "fa4": Package(
             ("cutlass", "flash_attn.cute.interface"),
             "pip install --pre 'flash-attn-4[cu13]' triton",
@@ -116,7 +117,7 @@ PACKAGES: Mapping[str, Package] = MappingProxyType(
 
 
 def _dense_rows(q: Tensor, k: Tensor, v: Tensor) -> QKV:
-    """Every package asks for a head dimension of stride 1, and takes all other strides as they are."""
+    """Every package needs stride 1 in the head dimension, and takes any other strides."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return q, k, v
 
@@ -128,9 +129,10 @@ def on_device(device: torch.device) -> AbstractContextManager[None]:
 
 @torch.library.custom_op("pusa_fast::flash_attention", mutates_args=())
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(K)) v by the package `backend` names, and the log of softmax's denominators.
+    """softmax(q k^T / sqrt(K)) v by package `backend`, and the log of softmax's denominators.
 
-    q [B, Lq, H, K]; k, v [B, Lk, H, K] of one dtype -> out [B, Lq, H, K] in that dtype, lse [B, H, Lq] in float32 (sage: NaN).
+    q [B, Lq, H, K]; k, v [B, Lk, H, K] of one dtype -> out [B, Lq, H, K] in that dtype, lse
+    [B, H, Lq] in float32 (sage: NaN).
     """
     if not q.numel() or not k.numel():
         return torch.zeros_like(q, memory_format=torch.contiguous_format), _empty_lse(q).fill_(-torch.inf)
@@ -153,7 +155,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 def flash_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, contiguous. Bit-identical between runs under `torch.use_deterministic_algorithms`."""
+    """Contiguous gradients of q, k, v; reproducible under `torch.use_deterministic_algorithms`."""
     package, (dq, dk, dv) = PACKAGES[backend], _empty_grads(q, k, v)
     if package.backward is None:
         raise RuntimeError(f"attention backend {backend!r} has no backward: use another, or torch.no_grad()")

@@ -1,7 +1,7 @@
-"""Which attention backend runs where: what each can do, the order in which `auto` asks, and why one is passed over.
+"""Which attention backend runs where: the limits of each, the order of `auto`, why one is skipped.
 
-Limits are the libraries' own, read from their sources and from torch's sdp_utils. Whatever they leave out, a trial on the
-device itself finds before a backend is used for the first time.
+Limits are the libraries' own, from their sources and torch's sdp_utils. A trial on the device,
+before a backend is first used, finds whatever they omit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Domain = Mapping[int, Collection[int]]
 
 
 class Refusal(NamedTuple):
-    """Why a backend is not used. `broken`: it is there and should work, so that its user wants to hear of it."""
+    """Why a backend is not used. `broken`: it is installed and should work, so the user is told."""
 
     reason: str
     broken: bool = False
@@ -35,10 +35,10 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """`forward`, `backward`: where it runs (None: anywhere). `probe`: why it is not there, None where it is.
+    """`forward`, `backward`: where it runs (None: anywhere). `probe`: why it is missing, or None.
 
-    Those that run on some architectures only take fp16 and bf16. `deterministic`: torch lets it run, or it obeys, under
-    `torch.use_deterministic_algorithms`. What is not `exact` is never chosen by `auto`.
+    A backend limited to some architectures takes only fp16 and bf16. `deterministic`: it works
+    under `torch.use_deterministic_algorithms`. `auto` never chooses one that is not `exact`.
     """
 
     run: Attend
@@ -74,7 +74,7 @@ def _installed(name: str) -> Refusal | None:
         if any(f"{module}.".startswith(f"{error.name}.") for module in package.modules):
             return Refusal(f"{error.name} is not installed: {package.install}")
         return _broken(name, "does not load", error)
-    except Exception as error:  # other people's code, and whatever it raises is the answer
+    except Exception as error:  # other people's code: whatever it raises is the answer
         return _broken(name, "does not load", error)
     return None
 
@@ -88,7 +88,7 @@ def _broken(name: str, how: str, error: Exception) -> Refusal:
 
 
 def _apart(function: Callable[[], Any]) -> Any:
-    """Runs it in a thread of its own, where the caller's modes do not reach: fake tensors, dispatch modes, autocast, inference."""
+    """Run in a new thread, without the caller's fake, dispatch, autocast and inference modes."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 
@@ -119,19 +119,15 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
     }
 )
 
-# Major compute capability -> what `auto` asks, best first. All other devices: sdpa.
+# Major compute capability -> what `auto` tries, best first. All other devices: sdpa.
 ORDER: Mapping[int, tuple[str, ...]] = MappingProxyType(
-    {
-        8: ("fa2", "sdpa"),
-        9: ("fa4", "fa3", "cudnn", "fa2", "sdpa"),
-        10: ("fa4", "cudnn", "sdpa"),
-    }
+    {8: ("fa2", "sdpa"), 9: ("fa4", "fa3", "cudnn", "fa2", "sdpa"), 10: ("fa4", "cudnn", "sdpa")}
 )
 
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """Major compute capability; 0 for everything that is not an NVIDIA GPU at hand."""
+    """Major compute capability; 0 for anything but a present NVIDIA GPU."""
     if device.type != "cuda" or torch.version.hip or (device.index or 0) >= torch.cuda.device_count():
         return 0
     return torch.cuda.get_device_capability(device)[0]
@@ -139,7 +135,7 @@ def architecture(device: torch.device) -> int:
 
 @functools.cache
 def _tried(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, grad: bool) -> Refusal | None:
-    """Runs a small example: kernels that are compiled at their first call fail there. Leaves random states alone."""
+    """Run a small example: kernels compiled on first call fail here. Leaves random states alone."""
 
     def trial() -> bool:
         with on_device(device):
@@ -152,7 +148,7 @@ def _tried(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, g
 
     try:
         finite = _apart(trial)
-    except Exception as error:  # other people's code, and whatever it raises is the answer
+    except Exception as error:  # other people's code: whatever it raises is the answer
         return _broken(name, "fails", error)
     return None if finite else _broken(name, "fails", ArithmeticError("the values of a small example are not finite"))
 
@@ -160,7 +156,7 @@ def _tried(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, g
 def refusal(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int, grad: bool, deterministic: bool
 ) -> Refusal | None:
-    """Why the backend `name` is not used for these inputs; None where it can be. On meta tensors nothing runs: all can."""
+    """Why backend `name` cannot take these inputs, or None. On meta all can: nothing runs."""
     backend = BACKENDS[name]
     domain, arch = backend.backward if grad else backend.forward, architecture(device)
     if domain is None or device.type == "meta":
@@ -211,10 +207,11 @@ def _chosen(
 def chosen(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, grad: bool, deterministic: bool
 ) -> str:
-    """The backend to use. What was once found out about a device and its packages is remembered. ValueError: see `resolve`."""
+    """The backend to use; findings on devices and packages are cached. Raises as `resolve`."""
     return _chosen(backend, device, dtype, head_dim, grad, deterministic)
 
 
-# torch.compile calls what is marked while it traces, instead of tracing probes and imports. This is what
-# torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, which doubles the time of our own import.
+# torch.compile calls a marked function while tracing, instead of tracing its probes and imports.
+# torch.compiler.assume_constant_result sets this mark too, but imports torch._dynamo, which doubles
+# our own import time.
 chosen.__dict__["_dynamo_marked_constant"] = True

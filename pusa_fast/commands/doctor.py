@@ -1,4 +1,4 @@
-"""`pusa-fast doctor`: what this machine has, which backends can be used here, and why the others cannot."""
+"""`pusa-fast doctor`: what this machine has, which backends work here, and why others do not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(as_json: bool) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Every finding by section. Where something cannot be used, its value is the reason; None means that it can."""
+    """Every finding by section. A value is the reason why a thing cannot be used; None: it can."""
     return {
         "versions": record.versions(),
         "commit": record.commit(),
@@ -49,11 +49,11 @@ def _devices() -> list[str]:
 
 
 def _native() -> dict[str, Any]:
-    """The compiled part: `reason` it is not there, or its version and what it found of the processor."""
+    """The compiled part: the `reason` it is missing, or its version and the CPU's features."""
     try:
         module = importlib.import_module("pusa_fast._native")
     except ImportError as error:
-        return {"reason": f"{error}; torch does its work. To build it: pip install -e ."}
+        return {"reason": f"{error}; plain torch replaces it. To build it: pip install -e ."}
     features = sorted(name for name, there in module.cpu_features().items() if there)
     failing = {f"cuda:{index}": blending.cuda_reason(index) for index in range(torch.cuda.device_count())}
     return {
@@ -90,7 +90,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"{section}:"
         if isinstance(value, list):
             yield from (f"  {entry}" for entry in value)
-        elif "reason" in value:  # one thing, there or not
+        elif "reason" in value:  # one thing, present or not
             details = ", ".join(f"{name} {_plain(detail)}" for name, detail in value.items() if name != "reason")
             yield f"  no: {value['reason']}" if value["reason"] else f"  yes: {details}"
         else:

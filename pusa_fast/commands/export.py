@@ -1,4 +1,4 @@
-"""`pusa-fast export`: weights for other tools, from a run's checkpoint or, in another style, from a LoRA file."""
+"""`pusa-fast export`: weights for other tools, from a run's checkpoint or a LoRA file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(options: ExportOptions) -> None:
     folder = Path(source)
     if not (folder / "config.yaml").is_file():
         if step is not None:
-            raise ValueError(f"--step {step} names a run's checkpoint, but {source} is no run's folder")
+            raise ValueError(f"--step {step} names a run's checkpoint, but {source} is not a run's folder")
         adapters.write_lora(target, adapters.read_updates(source), style or "released", kind)
         typer.echo(f"wrote {os.path.relpath(target)} ({style or 'released'})")
         return
@@ -45,7 +45,7 @@ def run(options: ExportOptions) -> None:
         return
     if style is not None:
         raise ValueError(f"--style {style} is for LoRAs, and {folder} trained all weights: leave it out")
-    # The file is to name its configuration, which the model that the run began from has.
+    # The file names its configuration: that of the model the run started from.
     about = load_dit(config.dit or find_model(config.model).dit, device="meta").config
     number, trained = _trained(folder, step)
     checkpoint.save(target, {name: t.to(kind) for name, t in keymap.unpack(trained).items()}, about)
@@ -53,7 +53,7 @@ def run(options: ExportOptions) -> None:
 
 
 def _trained(folder: Path, which: str | None) -> tuple[int, dict[str, Tensor]]:
-    """What a run's checkpoint holds, averaged where it was averaging. Neither model nor clips are needed."""
+    """A checkpoint's weights, averaged if the run averages; needs neither model nor clips."""
     saved = Checkpoints(folder, {}, 1, World(torch.device("cpu")))
     step = saved.find(which)
     return step, saved.read(step, "average") or saved.read(step, "model")

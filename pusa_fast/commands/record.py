@@ -1,4 +1,4 @@
-"""clip.json: what a clip was made with, enough to make it again. And the versions that made it."""
+"""clip.json: everything needed to make a clip again, and the versions that made it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from pusa_fast.weights.files import file_hash
 from pusa_fast.weights.pretrained import ModelFiles
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "sentencepiece", "av", "pillow", "typer", "rich")
-# Files in a model's folders that are part of it.
+# Suffixes of the files that belong to a model.
 _MODEL_SUFFIXES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".model", ".json"})
 FORMAT = "pusa-fast clip 1"
 
-# What `prepare` reads of a record, and the types that JSON may give it; null counts as absent.
+# The fields that `prepare` reads from a record, and their JSON types; null counts as absent.
 _FIELDS: Mapping[str, tuple[type, ...]] = {
     **{option.key: option.json_types for option in declared(GenerateOptions).values() if option.name not in INPUTS},
     **dict.fromkeys(("height", "width", "seed"), (int,)),
@@ -34,7 +34,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes a clip, read from package metadata: nothing is imported."""
+    """Versions of the packages that make a clip, from their metadata: nothing is imported."""
     found = {"pusa_fast": pusa_fast.__version__, "python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         try:
@@ -45,9 +45,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of the checkout that this package runs from, with "+changes" where files differ; None outside one."""
+    """The git commit of this package's checkout, "+changes" if files differ; None outside one."""
     root = Path(pusa_fast.__file__).resolve().parents[1]
-    if not (root / ".git").exists():  # an installed package may lie inside another project's checkout
+    if not (root / ".git").exists():  # the package may be installed inside another project's checkout
         return None
 
     def git(*words: str) -> str | None:
@@ -62,7 +62,7 @@ def commit() -> str | None:
 
 
 def model_files(files: ModelFiles) -> list[Path]:
-    """Every file that a model consists of, its own LoRAs included, sorted."""
+    """Every file of a model, its own LoRAs included, sorted."""
     parts = (files.dit, files.vae, files.text_encoder, files.tokenizer, *files.loras)
     return sorted({file for part in parts for file in _walk(part)})
 
@@ -75,13 +75,13 @@ def _walk(part: Path) -> Iterator[Path]:
 
 
 class Hashes:
-    """SHA-256 of files, computed while the clip is made: gigabytes of weights take a minute. `result()` waits."""
+    """SHA-256 of files, in the background: gigabytes of weights take a minute. `result()` waits."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._paths = list(paths)
         self._found: dict[str, str] = {}
         self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)  # an interrupted run must not wait for it
+        self._thread = threading.Thread(target=self._run, daemon=True)  # never delays an interrupted run
         self._thread.start()
 
     def _run(self) -> None:
@@ -111,17 +111,15 @@ def text(record: Mapping[str, Any]) -> str:
 
 
 def read(path: str) -> dict[str, Any]:
-    """A clip.json made from `text`, its fields of their types. Raises OSError, or ValueError for anything else."""
+    """A clip.json by `text`, its types checked. Raises OSError, or ValueError for anything else."""
     with open(path, "rb") as file:
         content = file.read(10_000_000)
     try:
         found = json.loads(content.decode("utf-8"))
     except ValueError as error:
-        raise ValueError(f"--from {path} is not valid JSON ({error}): give the .json beside a clip") from None
+        raise ValueError(f"--from {path} is not valid JSON ({error}): give a clip's .json") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(
-            f'--from {path} is not the record of a clip ("format" is not "{FORMAT}"): give the .json beside a clip'
-        )
+        raise ValueError(f"""--from {path} is not a clip's record ("format" is not "{FORMAT}"): give a clip's .json""")
     for name, kinds in _FIELDS.items():
         if found.get(name) is not None:
             try:
@@ -130,7 +128,7 @@ def read(path: str) -> dict[str, Any]:
                 raise ValueError(f"--from {path}: {error}: restore the file") from None
     for name in ("model", "lora"):
         if not isinstance((found.get("hashes") or {}).get(name, {}), dict):
-            raise ValueError(f"--from {path}: hashes.{name} is no dict: restore the file")
+            raise ValueError(f"--from {path}: hashes.{name} is not a dict: restore the file")
     if found.get("written") == []:
         raise ValueError(f"--from {path}: written=[] leaves nothing to write: restore the file")
     return {name: value for name, value in found.items() if value is not None or name not in _FIELDS}

@@ -1,4 +1,4 @@
-"""`pusa-fast train`: settings in, a run; or what the run will take."""
+"""`pusa-fast train`: runs a training from settings, or predicts what it will take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pusa_fast.training.config import load_config
 
 
 def run(options: TrainOptions) -> None:
-    """Raises ValueError, OSError or FloatingPointError; checkpoints written by then stay. Exits with 130 after an interrupt."""
+    """Raises ValueError, OSError, FloatingPointError; keeps checkpoints. SIGINT: exits with 130."""
     if options.config is None and not options.set_:
         raise ValueError("give a CONFIG.YAML, or at least --set data.path=PREPARED --set out=RUN")
     config = load_config(options.config, options.set_ or [])
@@ -32,6 +32,6 @@ def run(options: TrainOptions) -> None:
         typer.echo(f"wrote {os.path.relpath(done.weights)}")
         return
     where = f"after step {done.step} of {config.steps}, with a checkpoint" if done.step else "before the first step"
-    typer.echo(f"stopped {where}: the same command goes on")
+    typer.echo(f"stopped {where}: run the same command again to resume")
     if done.signal == signal.SIGINT:
         raise typer.Exit(130)

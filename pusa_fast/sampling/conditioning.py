@@ -1,4 +1,4 @@
-"""Given frames -> the latents that a run starts from: encode what the conditions need, noise it once.
+"""Given frames -> a run's starting latents: encode what the conditions need, noise it once.
 
 Shapes: C latent channels, F latent frames, h/w latent size, T/H/W pixel frames and size.
 """
@@ -20,11 +20,11 @@ class LatentEncoder(Protocol):
     """The VAE's encoder."""
 
     def encode(self, video: Tensor, tiling: Any = None) -> Tensor:
-        """Video [1,3,T,H,W] in [-1, 1], T = 4k+1 -> normalised latent [1,C,k+1,h,w]; `tiling` is the encoder's own affair."""
+        """Video [1,3,4k+1,H,W] in [-1, 1] -> normalised latent [1,C,k+1,h,w]; own `tiling`."""
 
 
 def initial_noise(seed: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal float32 [1,C,F,h,w] from a CPU generator: the same on every device, and the reference's."""
+    """Standard normal float32 [1,C,F,h,w] from a CPU generator: the reference's on every device."""
     return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
 
 
@@ -34,7 +34,7 @@ def to_video(frames_THWC: Tensor, device: torch.device) -> Tensor:
 
 
 def to_frames(video: Tensor, compat: str = "reference") -> Tensor:
-    """[1,3,T,H,W] in [-1, 1] -> uint8 [T,H,W,3] on the CPU: truncated as the reference does, or rounded for "exact"."""
+    """[1,3,T,H,W] in [-1, 1] -> CPU uint8 [T,H,W,3], truncated as the reference, or rounded."""
     levels = ((video[0].permute(1, 2, 3, 0).float() + 1) * 127.5).clip(0, 255)
     return (levels.round() if check_compat(compat) == "exact" else levels).to(torch.uint8).cpu().contiguous()
 
@@ -44,8 +44,9 @@ def encode_conditions(
 ) -> dict[int, Tensor]:
     """The clean latent [C,h,w], float32, of every placement, by latent frame.
 
-    `video(medium)` gives the first `plan.frames_needed[medium]` frames of a medium as [1,3,T,H,W] in [-1, 1]. Each distinct medium is
-    encoded once, and no further than its last needed latent: the encoder is causal. Raises ValueError where frames are missing.
+    `video(medium)` returns a medium's first `plan.frames_needed[medium]` frames as [1,3,T,H,W] in
+    [-1, 1]. Each distinct medium is encoded once, up to its last needed latent: the encoder is
+    causal. Raises ValueError if frames are missing.
     """
     encoded: dict[int, Tensor] = {}
     for medium, needed in enumerate(plan.frames_needed):
@@ -62,10 +63,10 @@ def encode_conditions(
 def initial_latents(
     noise: Tensor, schedule: Schedule, placements: Sequence[Placement], clean: Mapping[int, Tensor]
 ) -> Tensor:
-    """Noise [1,C,F,h,w] with each given latent in its place, brought to its own starting level s: (1-s) z + s noise.
+    """Noise [1,C,F,h,w] with each given latent z at its initial noise level s: (1-s) z + s noise.
 
-    The noise is the run's own at that frame, and it is added this once: later steps denoise the frame along with the video
-    (reference: FlowMatchSchedulerPusaV2V). At level 0 the latent is copied bit for bit.
+    The noise is the run's own at that frame, added only here: later steps denoise the frame with
+    the video (reference: FlowMatchSchedulerPusaV2V). At noise level 0 the latent keeps its bits.
     """
     latents = noise.clone()
     for placement in placements:

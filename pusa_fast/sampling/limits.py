@@ -1,4 +1,4 @@
-"""The ranges of a run's numbers. Imports no torch: requests are checked where no model runs."""
+"""The ranges of a run's settings. Imports no torch: requests are checked without a model."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check_size(name: str, size: object, multiple: int) -> int:
 
 
 def latent_count(num_frames: object, temporal_factor: int) -> int:
-    """Latent frames of a clip of `num_frames` = k*n + 1 frames; ArgumentError naming the nearest counts otherwise."""
+    """Latent frames of `num_frames` = k*n + 1; ArgumentError for others names the nearest."""
     if not is_whole(num_frames) or not 1 <= num_frames <= MAX_FRAMES:
         raise ArgumentError("num_frames", f" must be a whole number from 1 to {MAX_FRAMES}; got {num_frames!r}")
     whole, rest = divmod(int(num_frames) - 1, temporal_factor)

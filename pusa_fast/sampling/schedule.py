@@ -1,6 +1,6 @@
-"""The schedule matrix: one noise level per step and latent frame. A task is a choice of this matrix.
+"""The schedule matrix: one noise level per step and latent frame. A task is such a matrix.
 
-Shapes: S steps, F latent frames. Levels are sigma in [0, 1]; the network's timestep is sigma in thousandths.
+Shapes: S steps, F latent frames. Noise levels are sigma in [0, 1]; a timestep is 1000 sigma.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pusa_fast.sampling.limits import check_compat, check_multiplier, check_shif
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Noise levels of one run, float32 on the CPU.
+    """Noise levels of one run, float32 on the CPU. Raises ValueError if the shapes do not agree.
 
-    `global_sigmas` [S+1]: the schedule of a freely generated frame. `sigmas` [S+1, F]: the level of frame f before step s; the last
-    row is each frame's target, 0 when it is finished. `timesteps` [S, F]: what the network is told at step s.
-    Raises ValueError where the shapes do not agree.
+    `global_sigmas` [S+1]: the schedule of a freely generated frame. `sigmas` [S+1, F]: the noise
+    level of frame f before step s; the last row is each frame's target, 0 if it ends clean.
+    `timesteps` [S, F]: the network's input at step s.
     """
 
     global_sigmas: Tensor
@@ -31,8 +31,8 @@ class Schedule:
         rows = self.sigmas.shape[0]
         if self.global_sigmas.shape != (rows,) or self.timesteps.shape != (rows - 1, self.sigmas.shape[-1]):
             raise ValueError(
-                f"a schedule needs global_sigmas [S+1], sigmas [S+1, F], timesteps [S, F]; got {list(self.global_sigmas.shape)}, "
-                f"{list(self.sigmas.shape)}, {list(self.timesteps.shape)}"
+                "a schedule needs global_sigmas [S+1], sigmas [S+1, F], timesteps [S, F]; got "
+                f"{list(self.global_sigmas.shape)}, {list(self.sigmas.shape)}, {list(self.timesteps.shape)}"
             )
 
     @property
@@ -51,25 +51,26 @@ class Schedule:
 def sigma_grid(steps: int, shift: float) -> Tensor:
     """Noise levels of a plain flow-matching run: float32 [S+1], from 1 down to 0.
 
-    Every operation is float32 and in the order of the reference's scheduler (`FlowMatchSchedulerPusa.set_timesteps`): the
-    integer timesteps made from it change where the last bit does.
-    Raises ValueError for fewer than one step or a shift that is not a positive number.
+    All in float32 and in the order of the reference's `FlowMatchSchedulerPusa.set_timesteps`: the
+    last bit can change an integer timestep. Raises ValueError for fewer than one step or a shift
+    that is not a positive number.
     """
     steps, shift = check_steps(steps), check_shift(shift)
     return shifted(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32), shift)
 
 
 def shifted(levels: Tensor, shift: float) -> Tensor:
-    """Noise levels moved towards 1 (0 and 1 stay): shift * s / (1 + (shift - 1) * s)."""
+    """Noise levels shifted towards 1 (0 and 1 stay): shift * s / (1 + (shift - 1) * s)."""
     return shift * levels / (1 + (shift - 1) * levels)
 
 
 def lift(global_sigmas: Tensor, multipliers: Sequence[float], compat: str = "reference") -> Schedule:
-    """Give frame f the schedule `multipliers[f] * global_sigmas`: 1 generates it, 0 freezes it clean, between re-synthesises it.
+    """Give frame f the schedule `multipliers[f] * global_sigmas`.
 
-    `compat="reference"` truncates the timesteps to integers, as the reference feeds them, and freezes a condition frame
-    (multiplier below 1) from the step on whose timestep truncates to 0. `compat="exact"` keeps the true levels.
-    Raises ValueError for an unknown `compat` or a multiplier outside [0, 1].
+    1 generates a frame, 0 keeps it clean, values between re-synthesise it. `compat="reference"`
+    truncates the timesteps to integers, as the reference does, and freezes a condition frame
+    (multiplier below 1) from the step whose timestep truncates to 0. `compat="exact"` keeps the
+    true noise levels. ValueError: an unknown `compat`, a multiplier outside [0, 1].
     """
     check_compat(compat)
     m_F = torch.tensor([check_multiplier(m) for m in multipliers], dtype=torch.float32)

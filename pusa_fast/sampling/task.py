@@ -1,6 +1,7 @@
-"""What the caller gives -> which latents are given, from what, at which noise. All six tasks are choices of these.
+"""Conditions -> which latents are given, from which media, at which noise: it makes all six tasks.
 
-Latent 0 stands for frame 0 alone, latent i >= 1 for the `k` frames ending at `k * i` (k: the VAE's temporal factor, 4 for Wan).
+Latent 0 is frame 0 alone, latent i >= 1 the `k` frames ending at `k * i` (k: the VAE's temporal
+factor, 4 for Wan).
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from pusa_fast.sampling.limits import (
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A medium by name, as the command line and manifests give it: nothing is read before it is needed.
+    """A medium by name, as command line and manifests give it; read only when needed.
 
-    `path`: a picture, or a clip, which is resampled to `fps` (None: every frame) and of which the last `last_frames` frames
-    count (None: all). The file's suffix decides nothing.
+    `path`: a picture or, by `picture` and not by suffix, a clip, resampled to `fps` (None: every
+    frame) and cut to its last `last_frames` frames (None: all).
     """
 
     path: str
@@ -42,13 +43,13 @@ class MediaFile:
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Frames that the video has to contain; checked when it is used, by `resolve`.
+    """Frames that the video has to contain; checked on use, by `resolve`.
 
-    `media`: PIL image, path, `MediaFile`, uint8 array or tensor [H,W,3] (a picture) or [T,H,W,3] (a clip), or a sequence of
-    PIL images (a clip).
-    `latent`: where it goes, as latent frames: int (negative counts from the end), slice or sequence of ints.
-    `noise`: 0 keeps it as it is, up to 1: how freely it is re-synthesised; one number, or one per latent.
-    `source`: which latents of the encoded clip are taken (default: the same indices). A picture is encoded alone and has one.
+    `media`: PIL image, path, `MediaFile`, uint8 array or tensor [H,W,3] (a picture) or [T,H,W,3]
+    (a clip), or a sequence of PIL images (a clip).
+    `latent`: its latent frames: int (negative counts from the end), slice or sequence of ints.
+    `noise`: how freely it is re-synthesised, from 0 (kept) to 1; one number, or one per latent.
+    `source`: which latents of the encoded clip (default: the same indices); a picture has only one.
     """
 
     media: object
@@ -59,7 +60,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Placement:
-    """One latent frame that is given: latent `latent` is latent `source` of the encoded medium `medium`, noised to `noise`."""
+    """A given latent frame: latent `latent` is latent `source` of medium `medium`, at `noise`."""
 
     latent: int
     medium: int
@@ -69,9 +70,10 @@ class Placement:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A resolved request. `media`: the distinct media; `frames_needed[i]`: how many leading frames of medium i to encode.
+    """Checked conditions. `media`: the distinct media.
 
-    `placements` are sorted by latent; `multipliers` [F] are 1 where a frame is generated; `task` names the combination.
+    `frames_needed[i]`: how many leading frames of medium i to encode; `placements`: sorted by
+    latent; `multipliers` [F]: 1 for a generated frame; `task`: names the combination.
     """
 
     latent_frames: int
@@ -84,7 +86,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything about a run but its prompts and conditions; build it with `settings`, which checks."""
+    """A run's settings other than prompts and conditions; `settings` builds and checks them."""
 
     num_frames: int
     height: int
@@ -104,9 +106,9 @@ CHOICES = {"compat": COMPAT, "fit": ("crop", "pad", "stretch"), "output": ("fram
 def settings(
     given: Mapping[str, Any], defaults: Mapping[str, Any], multiples: tuple[int, int], temporal_factor: int
 ) -> Settings:
-    """`given` over `defaults` (None: the default), checked; height and width are multiples of `multiples`, in pixels.
+    """`given` over `defaults` (None: the default), checked; `multiples` of height, width in pixels.
 
-    Raises ArgumentError with the value and the nearest one that works, ValueError for an unknown choice.
+    Raises ArgumentError with the value and the nearest valid one, ValueError for an unknown choice.
     """
     names = [field.name for field in fields(Settings)]
     values = {name: defaults[name] for name in names if name in defaults}
@@ -125,16 +127,13 @@ def settings(
 
 
 def resolve(
-    conditions: Sequence[Condition],
-    num_frames: int,
-    count_frames: Callable[[object], int | None],
-    temporal_factor: int,
+    conditions: Sequence[Condition], num_frames: int, count_frames: Callable[[object], int | None], temporal_factor: int
 ) -> Plan:
-    """Check the conditions against a clip of `num_frames` frames and give every condition latent its source and noise.
+    """Check the conditions for a clip of `num_frames`; give each condition latent source and noise.
 
-    `count_frames(medium)`: frames in it, None for a picture; called once per distinct medium (the same object or the same path).
-    Raises ValueError for latents outside the clip or given twice, noise outside [0, 1], counts that do not match, and a source
-    outside the encoded clip (a video that is too short).
+    `count_frames(medium)`: frames in it, None for a picture; called once per distinct medium (the
+    same object or path). Raises ValueError for latents outside the clip or given twice, noise
+    outside [0, 1], counts that do not match, and a source outside the encoded clip (too short).
     """
     latent_frames = latent_count(num_frames, temporal_factor)
     media: dict[object, int] = {}
@@ -144,11 +143,10 @@ def resolve(
     placements: list[Placement] = []
     for number, condition in enumerate(conditions):
         if not isinstance(condition, Condition):
-            raise ValueError(
-                f"conditions[{number}] is a {type(condition).__name__}, not a Condition: use Condition(media, latent=...)"
-            )
+            kind = type(condition).__name__
+            raise ValueError(f"conditions[{number}] is a {kind}, not a Condition: use Condition(media, latent=...)")
         name = describe(condition.media)
-        if not isinstance(condition.media, MediaFile):  # which came from an option, not from a list of conditions
+        if not isinstance(condition.media, MediaFile):  # that one came from an option, not from a list
             name = f"conditions[{number}] ({name})"
         medium = media.setdefault(_identity(condition.media), len(media))
         if medium == len(originals):
@@ -214,8 +212,8 @@ def _sources(condition: Condition, latents: list[int], frames: int, temporal_fac
         if max(latents) >= encoded:
             need = max(latents) * temporal_factor + 1
             raise ValueError(
-                f"{name}: latent {max(latents)} needs {need} frames of the clip, which has {frames}: give a longer clip, "
-                "or `source`"
+                f"{name}: latent {max(latents)} needs {need} frames of the clip, which has {frames}: "
+                "give a longer clip, or `source`"
             )
         return latents
     hint = f"the clip's {frames} frames encode to latents 0 to {encoded - 1}"
@@ -226,20 +224,20 @@ def _sources(condition: Condition, latents: list[int], frames: int, temporal_fac
     sources = _indices(condition.source, encoded, f"{name}: source", hint)
     if len(sources) != len(latents):
         raise ValueError(
-            f"{name}: source={condition.source!r} names {len(sources)} latents, latent={condition.latent!r} {len(latents)}"
+            f"{name}: source={condition.source!r} names {len(sources)} latents, "
+            f"latent={condition.latent!r} {len(latents)}"
         )
     return sources
 
 
 def _indices(given: int | slice | Sequence[int], count: int, name: str, hint: str) -> list[int]:
-    """Non-negative indices below `count`; a slice bound outside is an error too, where Python would shorten the slice."""
+    """Non-negative indices below `count`. Unlike in Python, a slice bound outside is an error."""
     if isinstance(given, slice):
         edges = [edge for edge in (given.start, given.stop) if edge is not None]
         found = list(range(*given.indices(count)))
         if any(not -count <= edge <= count for edge in edges) or not found:
-            raise ValueError(
-                f"{name}={given.start}:{given.stop} selects {'nothing' if not found else 'more than there is'}; {hint}"
-            )
+            what = "nothing" if not found else "more than there is"
+            raise ValueError(f"{name}={given.start}:{given.stop} selects {what}; {hint}")
         return found
     listed = _listed(given)
     wanted = listed if isinstance(listed, list) else [listed]
@@ -254,21 +252,21 @@ def _indices(given: int | slice | Sequence[int], count: int, name: str, hint: st
 
 
 def _listed(value: Any) -> Any:
-    """A list where a sequence, array or tensor was given; anything else unchanged."""
+    """A sequence, array or tensor as a list; anything else unchanged."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _identity(media: object) -> object:
-    """Equal for the same medium: files by name, anything else by object."""
+    """Equal for the same medium: files by name, others by identity."""
     if isinstance(media, MediaFile):
         return media
     return os.fspath(media) if isinstance(media, (str, os.PathLike)) else id(media)
 
 
 def describe(media: object) -> str:
-    """A few words for messages: the path, or the type and its size."""
+    """A few words for messages: the path, or the type and its shape."""
     if isinstance(media, (str, os.PathLike)):
         return os.fspath(media)
     if isinstance(media, MediaFile):
@@ -286,7 +284,7 @@ def _is_suffix(latents: Sequence[int], latent_frames: int) -> bool:
 
 
 def task_name(placements: Sequence[Placement], counts: Sequence[int | None], latent_frames: int) -> str:
-    """The label of a combination of conditions: a word for people, nothing depends on it. `counts[medium]`: None for a picture."""
+    """A label for people; nothing depends on it. `counts[medium]` is None for a picture."""
     latents = sorted(placement.latent for placement in placements)
     groups = {p.medium: sorted(q.latent for q in placements if q.medium == p.medium) for p in placements}
     if not placements:

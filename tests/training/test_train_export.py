@@ -278,7 +278,7 @@ def test_what_cannot_be_exported(tiny: Any, tmp_path: Path, trained: WanDiT) -> 
     refused("holds no checkpoint: train first", tmp_path / "run", "--out", target)
     (tmp_path / "run" / "config.yaml").write_text(dump_config(tiny.config("run", lora=None)))
     refused("holds no checkpoint: train first", tmp_path / "run", "--out", target)
-    refused("is no run's folder", tiny.dit, "--out", target, "--step", "3")
+    refused("is not a run's folder", tiny.dit, "--out", target, "--step", "3")
     refused("", tiny.dit, "--out", target)  # a model is no LoRA
     assert not target.exists() and json.dumps(sorted(p.name for p in (tmp_path / "run").iterdir())) == '["config.yaml"]'
 

@@ -79,7 +79,8 @@ def test_asked_to_stop(tiny: Any, start: Start, number: signal.Signals, code: in
     found, out, err = process.finish()
     done = len(losses(endless))
     assert found == code, err
-    assert out.splitlines()[-1] == f"stopped after step {done} of 100000, with a checkpoint: the same command goes on"
+    said = f"stopped after step {done} of 100000, with a checkpoint: run the same command again to resume"
+    assert out.splitlines()[-1] == said
     assert err.splitlines() == ["stopping after this step, with a checkpoint", *(["interrupted"] if code else [])]
     assert [p.name for p in (endless.out / "checkpoints").iterdir()] == [f"step-{done:06d}"] and done >= 4
     assert not (endless.out / "lora.safetensors").exists()
