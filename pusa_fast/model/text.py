@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-# Tokenizers keep the last call's padding and truncation as state, so threads must take turns with them.
+# Tokenizers keep the last call's padding and truncation as state, so threads must take turns.
 _LOCK = threading.Lock()
 
 
