@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-# Tokenizers keep padding and truncation as state: prompts are cut and padded here, one thread at a time.
+# Tokenizers keep padding and truncation as state: both are done here, one thread at a time.
 _LOCK = threading.Lock()
 
 

@@ -26,9 +26,10 @@ ATTENTION = {"pusa_fast::flash_attention"}
 
 
 class ByteCounter(TorchDispatchMode):
-    """Bytes of the elements that each op reads and writes, by op name; views, products and attention are left out.
+    """Bytes of elements that each op reads and writes, without views, matmuls and attention.
 
-    An argument counts its own elements, whatever it is a view of; one that the op mutates counts as written too.
+    An argument counts its own elements, whatever it is a view of; one that the op mutates counts as
+    written too.
     """
 
     def __init__(self) -> None:
@@ -58,9 +59,10 @@ def _moved(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Iterator[i
 
 
 def count(backend: str, grad: bool = False, fp8: bool = False) -> dict[str, int]:
-    """One block in steady state, the last block's update pending (under autograd nothing pends), on meta tensors.
+    """One block in steady state on meta, the last block's update pending except under grad.
 
-    Attention is one op, as every package behind `pusa_fast::flash_attention` is; on meta, torch's own falls to pieces.
+    Attention is one op, as every package behind `pusa_fast::flash_attention` is; on meta, torch's
+    own would be many.
     """
     config = DiTConfig(dim=DIM, ffn_dim=13_824, num_heads=HEADS, num_layers=1)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Blocks under torch.compile: whole graphs, and the results of eager execution, with every implementation of the ops."""
+"""Blocks under torch.compile, with every backend of the ops: whole graphs, and eager's results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The transformer against the reference's outputs, diffusers' model, and what it promises about timesteps and state."""
+"""The transformer against the reference and diffusers, and its promises on timesteps and state."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def diffusers_model(config: DiTConfig) -> Any:
 
     model = WanTransformer3DModel(
         patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
-        in_channels=config.in_channels, out_channels=config.out_channels, text_dim=config.text_dim, freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim, num_layers=config.num_layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-        eps=config.eps, rope_max_seq_len=64,
+        in_channels=config.in_channels, out_channels=config.out_channels, text_dim=config.text_dim,
+        freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", eps=config.eps, rope_max_seq_len=64,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -83,7 +83,7 @@ def diffusers_model(config: DiTConfig) -> Any:
 @pytest.mark.parametrize(("dim", "heads", "patch"), [(48, 2, (1, 2, 2)), (40, 2, (1, 1, 2)), (64, 1, (1, 2, 2))])
 @torch.no_grad()
 def test_diffusers(dim: int, heads: int, patch: tuple[int, int, int]) -> None:
-    """Scalar timesteps as diffusers runs Wan2.1, and a timestep per token as it runs Wan2.2 5B: both with our one path."""
+    """As diffusers runs Wan2.1 (scalar timesteps) and Wan2.2 5B (one per token)."""
     config = DiTConfig(dim, 80, heads, 2, in_channels=4, out_channels=4, text_dim=24, freq_dim=32, patch_size=patch)
     theirs = diffusers_model(config)
     ours = load_dit(theirs.state_dict(), config)
@@ -139,7 +139,7 @@ def test_prepared_steps_are_single_calls_bit_for_bit() -> None:
 
 @torch.no_grad()
 def test_a_time_row_does_not_depend_on_its_neighbours() -> None:
-    """Whatever the number of frames, steps or batch items (guidance doubles it), 437 gives the same bits."""
+    """437 gives the same bits for any number of frames, steps or batch items."""
     dit = tiny_dit()
 
     def row(timesteps: Tensor, batch: int, at: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -296,7 +296,7 @@ BAD: dict[str, tuple[Callable[[WanDiT], object], str]] = {
     "context batch": (lambda dit: dit(X, T, C[:1]), r"timesteps must be .* for 1 contexts"),
     "prepare rank": (lambda dit: dit.prepare(T[0], C), r"timesteps must be \[S, F\] or \[S, B=2, F\]"),
     "step": (lambda dit: dit.denoise(X, 1, dit.prepare(T[None], C)), "step 1 is outside the 1 prepared steps"),
-    "frames": (lambda dit: dit.denoise(X[:, :, :2], 0, dit.prepare(T[None], C)), "the batch 2 and the 3 frames prepared"),
+    "frames": (lambda dit: dit.denoise(X[:, :, :2], 0, dit.prepare(T[None], C)), "batch 2 and the 3 frames prepared"),
     "batch": (lambda dit: dit.denoise(X[:1], 0, dit.prepare(T[None], C)), "the batch 2 and the 3 frames prepared"),
 }  # fmt: skip
 

@@ -112,9 +112,6 @@ def test_experts_that_do_not_belong_together() -> None:
             ExpertPair(network(1), network(2), boundary=boundary)
 
 
-# ---- fp8 -------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_both_experts_are_quantised_as_each_would_be_alone() -> None:
     pair = ExpertPair(network(1, dtype=torch.bfloat16), network(2, dtype=torch.bfloat16))

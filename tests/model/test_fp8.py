@@ -1,4 +1,4 @@
-"""The fp8 transformer, emulated: what is quantised, what it loses block by block, and what is refused."""
+"""The fp8 transformer, emulated: what is quantised, what each block loses, what is refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def test_a_linear_is_the_product_of_its_rounded_rows() -> None:
     out = FP8Linear(linear)(x)
     assert out.dtype == torch.bfloat16 and relative_error(out, expected) < torch.finfo(torch.bfloat16).eps
     assert torch.equal(out[1, 2], linear.bias)
-    # Every activation and weight is within half a step of e4m3, or of its smallest step below the normal range.
+    # Every activation and weight is within half a step of e4m3, or of its smallest step below the
+    # normal range.
     assert bool(((q.float() * s - x.float()).abs() <= E4M3_STEP * x.float().abs() + s * 2.0**-10).all())
     assert torch.equal(FP8Linear(linear)((q, s)), out)
 
@@ -78,7 +79,7 @@ def test_the_loss_is_e4m3s_and_grows_slowly_with_depth(exact: WanDiT, lossy: Wan
 
 @torch.no_grad()
 def test_the_norms_rows_feed_the_products(lossy: WanDiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One quantisation of its own for each of the two attention outputs; norms and GELU emit the other four."""
+    """Two attention outputs a block are quantised; norms and GELU emit the other four."""
     counts = {"quantize_rows": 0, "gelu_quantize_rows": 0}
 
     def counted(name: str) -> None:

@@ -130,7 +130,7 @@ def test_bad_requests_are_named(dit: WanDiT) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [5, 50], ids=["fewer tokens than inputs", "more"])
 def test_gradients_of_adapters_on_a_packed_layer(dtype: torch.dtype, tokens: int) -> None:
-    """Two adapters on rows of one layer, both ways of adding them: output, and gradients of input and matrices."""
+    """Two adapters on rows of one layer, added either way: output and all gradients."""
     layer = torch.nn.Linear(24, 36).to(dtype).requires_grad_(False)
     adapted = linear.AdaptedLinear(layer)
     for name, rows in (("q", slice(0, 12)), ("v", slice(24, 36))):

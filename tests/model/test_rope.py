@@ -18,7 +18,8 @@ def test_split_and_angles_are_official_wans(head_dim: int) -> None:
     split = rope_split(head_dim)
     assert sum(split) == head_dim and all(d % 2 == 0 for d in split)
     assert split == (head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6))
-    # wan/modules/model.py, rope_params: one table per axis, each with its own width in the exponent.
+    # wan/modules/model.py, rope_params: one table per axis, each with its own width in the
+    # exponent.
     tables = []
     for d in split:
         frequencies = (

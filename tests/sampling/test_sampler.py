@@ -23,7 +23,7 @@ CONFIG = DiTConfig(
 
 @dataclass
 class Fake:
-    """A denoiser whose velocity is `context mean + timestep / 1000`, per frame; it records its calls."""
+    """Its velocity is `context mean + timestep / 1000`, per frame; it records its calls."""
 
     config: Any = None
     device: Any = "cpu"
@@ -156,7 +156,7 @@ def test_latents_are_float32_whatever_comes_in() -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations that make the host wait for the device, or whose result's size depends on data."""
+    """Counts operations that make the host wait, or whose result's size depends on data."""
 
     waiting = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero")
 
@@ -186,9 +186,6 @@ def test_no_step_waits_for_the_device(mode: str) -> None:
     assert waits.found[-1] == "_local_scalar_dense", "the counter does see them"
 
 
-# ---- the two experts of Wan2.2 ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("steps", "high"), [(4, 2), (10, 5), (20, 9), (30, 13), (1, 1)])
 def test_experts_change_at_the_boundary(steps: int, high: int) -> None:
     pair = ExpertPair(Fake(), Fake())
@@ -205,7 +202,7 @@ def test_a_step_on_the_boundary_is_the_high_experts() -> None:
 
 
 def test_experts_follow_the_global_level_not_the_frames() -> None:
-    """All frames are conditions here: the largest timestep, 200, is far below the boundary that the run starts above."""
+    """All frames are conditions: the largest timestep, 200, is far below the boundary."""
     pair = ExpertPair(Fake(), Fake())
     sample(pair, latents(), lift(sigma_grid(4, 5.0), [0.2] * 3), context(0.5))
     assert len(pair.high.steps) == 2 and len(pair.low.steps) == 2

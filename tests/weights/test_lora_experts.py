@@ -1,7 +1,8 @@
-"""LoRAs on a pair of experts: each has its own, or both have the same, and all or nothing is applied."""
+"""LoRAs on a pair of experts: one for each or for both, applied to all of them or to none."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def changed(pair: ExpertPair, before: dict[str, State]) -> list[str]:
 def test_each_expert_gets_what_it_would_get_alone(
     pair: ExpertPair, source: Any, experts: str | None, files: dict[str, State]
 ) -> None:
-    before = weights(pair)
+    before, alone = weights(pair), copy.deepcopy(pair)
     versions = {name: dit.weights_version for name, dit in pair.networks.items()}
     handle = apply_lora(pair, source, 1.4, experts=experts)
     assert handle.strength == 1.4 and handle.unmatched == ()
@@ -58,13 +59,9 @@ def test_each_expert_gets_what_it_would_get_alone(
     for strength in (1.4, 0.3):
         handle.set_strength(strength)
         for name, file in files.items():
-            alone = model(torch.bfloat16)
-            alone.load_state_dict(pair.networks[name].state_dict())
-            for key, parameter in alone.named_parameters():
-                kept = pair.networks[name].__dict__["_lora_stack"].base
-                parameter.data.copy_(kept.get(key, parameter))
-            apply_lora(alone, file, strength)
-            assert same_bits(official(alone), official(pair.networks[name])), (name, strength)
+            own = apply_lora(alone.networks[name], file, strength)
+            assert same_bits(official(pair.networks[name]), official(alone.networks[name])), (name, strength)
+            own.remove()
     handle.set_strength(0)
     assert changed(pair, before) == []
     handle.set_strength(1.0)
@@ -100,8 +97,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (FIRST, {"experts": "middle"}, "there is no expert 'middle': choose high, low or both"),
     ({"hihg": FIRST, "low": SECOND}, {}, "there is no expert 'hihg'"),
     ({"high": FIRST}, {"experts": "low"}, "were both given"),
-    ({"high": FIRST, "low": {"blocks.0.ffn.0.diff": torch.zeros(3, 3)}}, {}, r"\(on expert low\) does not fit this model"),
-    ({"high": FIRST, "low": {"blocks.9.ffn.0.diff_b": torch.zeros(3)}}, {}, r"\(on expert low\): 1 updates have no place"),
+    ({"high": FIRST, "low": {"blocks.0.ffn.0.diff": torch.zeros(3, 3)}}, {}, r"\(on expert low\) does not fit"),
+    ({"high": FIRST, "low": {"blocks.9.ffn.0.diff_b": torch.zeros(3)}}, {}, r"\(on expert low\): 1 updates have no"),
     ({"high": FIRST, "low": {"x": torch.zeros(1)}}, {}, "holds no LoRA"),
     ({"high": FIRST, "low": SECOND}, {"strength": float("nan")}, "finite"),
 ]  # fmt: skip

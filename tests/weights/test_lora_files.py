@@ -44,13 +44,15 @@ def test_full_differences(prefix: str) -> None:
     """Style 7: weights, biases, norms, modulation and the patch convolution."""
     dit = model()
     before = official(dit)
+    endings = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}
+    targets = [
+        *("blocks.1.self_attn.k.weight", "blocks.1.self_attn.v.bias", "blocks.0.cross_attn.v.bias"),
+        *("blocks.0.self_attn.norm_q.weight", "blocks.0.norm3.weight", "blocks.0.norm3.bias", "blocks.1.modulation"),
+        *("head.modulation", "patch_embedding.weight", "patch_embedding.bias", "time_projection.1.bias"),
+    ]
     parts = {
-        "blocks.1.self_attn.k.diff": "blocks.1.self_attn.k.weight", "blocks.1.self_attn.v.diff_b": "blocks.1.self_attn.v.bias",
-        "blocks.0.cross_attn.v.diff_b": "blocks.0.cross_attn.v.bias", "blocks.0.self_attn.norm_q.diff": "blocks.0.self_attn.norm_q.weight",
-        "blocks.0.norm3.diff": "blocks.0.norm3.weight", "blocks.0.norm3.diff_b": "blocks.0.norm3.bias",
-        "blocks.1.diff_m": "blocks.1.modulation", "head.diff_m": "head.modulation", "patch_embedding.diff": "patch_embedding.weight",
-        "patch_embedding.diff_b": "patch_embedding.bias", "time_projection.1.diff_b": "time_projection.1.bias",
-    }  # fmt: skip
+        f"{module}.{endings[leaf]}": f"{module}.{leaf}" for module, _, leaf in (t.rpartition(".") for t in targets)
+    }
     state = {prefix + key: torch.randn_like(before[target]) for key, target in parts.items()}
     handle = apply_lora(dit, state, 0.5)
     assert set(handle.targets) == set(parts.values())
