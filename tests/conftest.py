@@ -79,15 +79,11 @@ def golden_meta() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def interpreter_as_the_hardware() -> None:
-    """Makes Triton's interpreter round to bf16 and fp8 as GPUs do: tests/kernels/interpreter.py."""
-    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
-        return
-    # By its path: importlib mode gives test folders no package to import from.
-    spec = importlib.util.spec_from_file_location("pusa_tests_interpreter", HERE / "kernels" / "interpreter.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.patch()
+    """Makes Triton's interpreter round to bf16 and fp8 as GPUs do: tests/support/interpreter.py."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        import interpreter
+
+        interpreter.patch()
 
 
 @pytest.fixture(params=["reference", "native", "triton"])
