@@ -362,8 +362,8 @@ def resources(compiled: Any) -> Resources:
 def measure(
     archs: Iterable[int] = ARCHS, models: Iterable[str] = (*MODELS, *STAGES), ops: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
-    """One record per kernel that a case launches: its name, warps and `Resources`. No ops: all."""
-    wanted, found = set(ops), []
+    """One record for each kernel of an op: what launches it first, its warps, its `Resources`. No ops: all."""
+    wanted, found, seen = set(ops), [], set()
     for arch, name in itertools.product(archs, models):
         model = STAGES[name] if name in STAGES else MODELS[name]
         for case in cases_of(model):
@@ -374,6 +374,9 @@ def measure(
             if not launches:
                 raise RuntimeError(f"{case.op} ({case.variant}) launched no kernel")
             for number, compiled in enumerate(dict.fromkeys(launches)):
+                if (key := (name, case.op, compiled)) in seen:  # by another variant
+                    continue
+                seen.add(key)
                 record = {
                     "op": case.op,
                     "variant": case.variant,
