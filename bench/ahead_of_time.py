@@ -1,8 +1,8 @@
-"""Compiles every Triton kernel without a GPU: registers, spills, shared memory and width of memory accesses.
+"""Compiles every Triton kernel without a GPU: registers, spills, shared memory, memory accesses.
 
     python -m bench.ahead_of_time [--json out.json] [--arch 90] [--model 14B] [--op qk_rope]
 
-The launchers themselves run on meta tensors, with a launch replaced by a compilation: what is measured
+The launchers themselves run on meta tensors, with a compilation instead of a launch. The result
 has the launch parameters, the specialisation and the dtypes of production (bf16 weights, float32
 tables). Not in a process under TRITON_INTERPRET, which has no compiler.
 """
@@ -70,7 +70,7 @@ class Model:
         return self.empty(1, self.tokens, self.dim)
 
     def modulation(self, index: int) -> Tensor:
-        """One of the six rows [1, F, D] of a block's float32 table, as the transformer passes it."""
+        """One of the six rows [1, F, D] of a block's float32 table, as the model passes it."""
         return self.empty(1, self.grid[0], 6, self.dim, dtype=torch.float32)[:, :, index]
 
     def row(self) -> Tensor:
@@ -90,7 +90,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """Pixels between two convolutions of the VAE: `dim` channels, views of windows that hold two frames more."""
+    """Pixels between two convolutions of the VAE: `dim` channels, views of longer windows."""
 
     dim: int
     dtype: torch.dtype
@@ -121,7 +121,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A call of one launcher. `forward`: it moves whole rows in and out, and should do so 16 bytes at a time."""
+    """A call of one launcher. `forward`: it moves whole rows, 16 bytes at a time."""
 
     op: str
     variant: str
@@ -137,7 +137,7 @@ _RESIDUAL_FORMS = {f"{r}, {n}": {*_RESIDUALS[r], *_NORMS[n]} for r, n in itertoo
 
 
 def _operands(m: Model, form: str) -> dict[str, Tensor | None]:
-    """y, gate, scale, shift, weight, bias of K1 (gate, modulation), K3 (gate, affine), K5 (no gate, modulation), ..."""
+    """y, gate, scale, shift, weight, bias. K1 is "gate, modulation", K3 "gate, affine"."""
     makers = {
         "y": m.stream,
         "gate": functools.partial(m.modulation, 2),
@@ -300,7 +300,7 @@ class _NoGPU:
 
 @contextmanager
 def compiling(arch: int) -> Iterator[list[Any]]:
-    """Inside, a kernel launch compiles for `arch` and launches nothing; the list gets what was compiled."""
+    """Inside, a launch compiles for `arch` and launches nothing; the list gets the results."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("under TRITON_INTERPRET=1 there is no compiler: run this in a process without it")
     launches: list[Any] = []
@@ -323,7 +323,7 @@ def compiling(arch: int) -> Iterator[list[Any]]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel takes and does. `narrow` counts accesses to global memory of 1 or 2 bytes: single elements of a row."""
+    """What a kernel takes and does. `narrow`: accesses to global memory of 1 or 2 bytes."""
 
     registers: int
     spills: int
@@ -362,7 +362,7 @@ def resources(compiled: Any) -> Resources:
 def measure(
     archs: Iterable[int] = ARCHS, models: Iterable[str] = (*MODELS, *STAGES), ops: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
-    """One record per kernel that a case launches: what it is, its warps, its `Resources`. No ops: all of them."""
+    """One record per kernel that a case launches: its name, warps and `Resources`. No ops: all."""
     wanted, found = set(ops), []
     for arch, name in itertools.product(archs, models):
         model = STAGES[name] if name in STAGES else MODELS[name]
@@ -395,7 +395,7 @@ def measure(
 
 
 def faults(record: dict[str, Any]) -> list[str]:
-    """Why a kernel would be slow or not launch at all: spills, shared memory, registers of one block."""
+    """Why a kernel would be slow or not launch: spills, shared memory, registers of one block."""
     # Registers are handed out to a warp in units of 256.
     block = -(-record["registers"] * 32 // 256) * 256 * record["warps"]
     limit = SHARED_LIMIT[record["arch"]]
@@ -408,7 +408,7 @@ def faults(record: dict[str, Any]) -> list[str]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: a line per kernel, variant and model, with the registers on each GPU and the most of all else."""
+    """Markdown: a line per kernel, variant and model; registers for each GPU, else the maximum."""
     archs = sorted({record["arch"] for record in records})
     lines = [
         f"| kernel | op: variant | model | warps | registers, sm_{'/'.join(map(str, archs))} | spills | shared, B "

@@ -1,4 +1,4 @@
-"""How many rows a program of a row kernel takes, and how many warps share them: closed forms, no autotuning.
+"""Rows to a program of a row kernel, and warps that share them: closed forms, no autotuning.
 
 These kernels wait for memory, so what matters is bytes in flight and no spilled registers, not the
 best tile for every shape. Narrow rows share a program, so that no program is tiny; 16 elements a
@@ -39,12 +39,12 @@ def power_of_2(n: int) -> int:
 def row_launch(
     rows: int, width: int, per_thread: int = _PER_THREAD, shared_per_thread: int = _PER_THREAD, tile: int = _MIN_TILE
 ) -> RowLaunch:
-    """A launch that covers `rows` rows of `width` elements, each row within one program. Raises ValueError: too wide.
+    """A launch that covers `rows` rows of `width` elements, each row within one program.
 
     A thread has at most `per_thread` elements of a row that is alone in its program, unless that
-    takes over 16 warps. Narrow rows fill a program's `tile` of elements, `shared_per_thread` of them
-    to a thread. The tile does not depend on `rows`: a row of a shard is added up in the same order as
-    in the whole sequence.
+    takes over 16 warps. Narrow rows fill a program's `tile` of elements, `shared_per_thread` of
+    them to a thread. The tile does not depend on `rows`: a row of a shard is added up in the same
+    order as in the whole sequence. Raises ValueError: too wide.
     """
     if width > MAX_WIDTH:
         raise ValueError(

@@ -1,6 +1,7 @@
-"""Latents [B, C, F, h, w] as kernels of one pass see them: rows are frames of one channel, with any strides of B, C and F.
+"""Latents [B, C, F, h, w] as one-pass kernels read them: a row is one frame of one channel.
 
-A program takes BR rows of BD pixels. Offsets are int64 before they are multiplied.
+B, C and F may have any strides. A program takes BR rows of BD pixels. Offsets are int64 before they
+are multiplied.
 """
 
 from __future__ import annotations
@@ -20,17 +21,11 @@ _TILE = 1024
 _INTERPRETER_TILE = 1 << 16  # the interpreter pays per program, not per element
 
 
-class Planes(NamedTuple):
-    """A tensor [B, C, F, h, w] whose frames are contiguous; B, C and F may have any strides."""
-
-    data: Tensor
-    stride_b: int
-    stride_c: int
-    stride_f: int
+Planes = tuple[Tensor, int, int, int]  # a tensor whose frames are contiguous; strides of B, C and F
 
 
 class PlaneLaunch(NamedTuple):
-    """`rows` frames of one channel in all, `BR` x `BD` pixels a program, `blocks` of these programs side by side."""
+    """`rows` in all, `BR` x `BD` pixels to a program, `blocks` programs to a row."""
 
     rows: int
     BR: int
@@ -43,16 +38,25 @@ class PlaneLaunch(NamedTuple):
 
 
 @triton.jit
+def plane_tile(N, C, F, AREA, BR: tl.constexpr, BD: tl.constexpr):
+    """(i_r, i_b, i_c, i_f, o_d, m_r, m_x): rows (N = B * C * F), pixels, masks of rows and both."""
+    i_r = (tl.program_id(0) * BR + tl.arange(0, BR))[:, None]
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
+    return i_r, i_r // F // C, i_r // F % C, i_r % F, o_d, i_r < N, (i_r < N) & (o_d < AREA)
+
+
+@triton.jit
 def plane_pointers(x, i_b, i_c, i_f, o_d):
-    return x.data + i_b.to(tl.int64) * x.stride_b + i_c.to(tl.int64) * x.stride_c + i_f.to(tl.int64) * x.stride_f + o_d
+    data, stride_b, stride_c, stride_f = x
+    return data + i_b.to(tl.int64) * stride_b + i_c.to(tl.int64) * stride_c + i_f.to(tl.int64) * stride_f + o_d
 
 
 def as_planes(x: Tensor) -> Planes:
-    """x, or a contiguous copy where a frame's pixels do not follow each other."""
+    """x, or a contiguous copy if a frame's pixels are not contiguous."""
     h, w = x.shape[3:]
     if (w > 1 and x.stride(4) != 1) or (h > 1 and x.stride(3) != w):
         x = x.contiguous()
-    return Planes(x, x.stride(0), x.stride(1), x.stride(2))
+    return x, x.stride(0), x.stride(1), x.stride(2)
 
 
 def plane_launch(x: Tensor) -> PlaneLaunch:

@@ -1,9 +1,10 @@
-"""Token rows as the row kernels read them: views with any leading strides, and tiles [BR, BD] of whole rows.
+"""Token rows as the row kernels read them: views with any leading strides, tiles of whole rows.
 
-In the kernels, `i_b` is a program's sequence, `o_l` [BR, 1] its tokens, `o_d` [1, BD] columns, of
-which D exist. Offsets are int64 before they are multiplied: strides of a packed projection pass
-2^31 elements at 720p. A tensor goes in as a plain tuple of pointer and strides: Triton takes 2 us
-less a launch for each than for a NamedTuple.
+In the kernels, a tile is [BR, BD], `i_b` its sequence, `o_l` [BR, 1] its tokens, `o_d` [1, BD] its
+columns, of which D exist. Offsets are int64 before they are multiplied: strides of a packed
+projection pass 2^31 elements at 720p. A tensor goes in as a plain tuple of pointer and strides: a
+NamedTuple costs 2 us more at every launch. None of these holds None: Triton 3.6 fails to compile
+`is not None` for a tuple that does.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def as_rows(x: Tensor | None) -> Rows | None:
 
 
 def as_sequences(x: Tensor) -> Tensor:
-    """x [..., D] as [B, L, D] with unit last stride and the fewest sequences: a view if two strides reach all rows."""
+    """x [..., D] as [B, L, D] with unit last stride: a view if two strides reach all rows."""
     x = unit_stride(x)
     for leading in range(max(1, x.ndim - 1)):
         try:
@@ -63,8 +64,8 @@ def tile(L, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
     # At most 8 neighbours to a thread, 16 bytes of bf16: a store of 16 e4m3 bytes would impose its
     # own layout on all.
     o_d = tl.max_contiguous(tl.arange(0, BD)[None, :], [1, 8])
-    # A program's only row always exists. Without that condition the compiler sees which columns need
-    # no mask, which saves a quarter of the instructions and nearly half of the registers at D = 5120.
+    # A program's only row always exists. Without that condition the compiler sees which columns
+    # need no mask: at D = 5120 a quarter fewer instructions and nearly half the registers.
     mask = o_d < D if BR == 1 else (o_l < L) & (o_d < D)
     return i_b, o_l, o_d, mask
 

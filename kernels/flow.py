@@ -1,11 +1,13 @@
-"""Frame-aware flow matching (arXiv 2507.16116, FAFM): noising with its target, and the weighted loss with its gradient.
+"""Frame-aware flow matching (arXiv 2507.16116, FAFM): noising, and the loss with its gradient.
 
     x_t = (1 - sigma[f]) * clean + sigma[f] * noise ; target = noise - clean
-    loss = sum_bf weight[b, f] * sum_chw (v - target)^2 / N ; d loss / d v = 2 / N * weight[b, f] * (v - target)
+    loss = sum_bf weight[b, f] * sum_chw (v - target)^2 / N
+    d loss / d v = 2 / N * weight[b, f] * (v - target)
 
-clean, noise, v, target [B, C, F, h, w], N elements; sigma, weight [B, F]. The pass that sums the loss also writes
-`slope` = weight[b, f] * (v - target) in v's dtype, all that the derivative needs: 2 / N waits for the gradient of the loss, since
-with it half-precision slopes would underflow. Sums have a fixed order: one for each row and block of its pixels, added by torch.
+clean, noise, v, target [B, C, F, h, w], N elements; sigma, weight [B, F]. The pass that sums the
+loss also writes `slope` = weight[b, f] * (v - target) in v's dtype, all that the derivative needs.
+The factor 2 / N is applied in the backward pass, because half-precision slopes would underflow with
+it. Sums have a fixed order: one for each row and block of its pixels, added by torch.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pusa_fast.kernels._launch import interpreted
-from pusa_fast.kernels._planes import WARPS, as_planes, plane_launch, plane_pointers
+from pusa_fast.kernels._planes import WARPS, as_planes, plane_launch, plane_pointers, plane_tile
 from pusa_fast.kernels._tokens import triton_accumulator
 
 _BLOCK = 1024
@@ -28,11 +30,8 @@ def noise_and_target_kernel(
     clean, noise, sigma, x_t, target, N, C, F, AREA, BR: tl.constexpr, BD: tl.constexpr, acc: tl.constexpr
 ):  # fmt: skip
     """N = B * C * F rows of AREA pixels; sigma, x_t and target are contiguous."""
-    i_r = (tl.program_id(0) * BR + tl.arange(0, BR))[:, None]
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
-    i_f, i_c, i_b = i_r % F, i_r // F % C, i_r // F // C
-    m = (i_r < N) & (o_d < AREA)
-    b_sigma = tl.load(sigma + i_b * F + i_f, i_r < N, 0.0).to(acc)
+    i_r, i_b, i_c, i_f, o_d, m_r, m = plane_tile(N, C, F, AREA, BR, BD)
+    b_sigma = tl.load(sigma + i_b * F + i_f, m_r, 0.0).to(acc)
     b_clean = tl.load(plane_pointers(clean, i_b, i_c, i_f, o_d), m, 0.0).to(acc)
     b_noise = tl.load(plane_pointers(noise, i_b, i_c, i_f, o_d), m, 0.0).to(acc)
     at = i_r.to(tl.int64) * AREA + o_d
@@ -44,12 +43,8 @@ def noise_and_target_kernel(
 def flow_loss_kernel(
     v, target, weight, sums, slope, N, C, F, AREA, BLOCKS, BR: tl.constexpr, BD: tl.constexpr, acc: tl.constexpr
 ):  # fmt: skip
-    """sums [N, BLOCKS]: squared errors of a row's block. slope, if wanted, is contiguous, as weight is."""
-    i_r = (tl.program_id(0) * BR + tl.arange(0, BR))[:, None]
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
-    i_f, i_c, i_b = i_r % F, i_r // F % C, i_r // F // C
-    m_r = i_r < N
-    m = m_r & (o_d < AREA)
+    """sums [N, BLOCKS]: squared errors of a row's block. slope and weight are contiguous."""
+    i_r, i_b, i_c, i_f, o_d, m_r, m = plane_tile(N, C, F, AREA, BR, BD)
     b_v = tl.load(plane_pointers(v, i_b, i_c, i_f, o_d), m, 0.0).to(acc)
     b_error = b_v - tl.load(plane_pointers(target, i_b, i_c, i_f, o_d), m, 0.0).to(acc)
     if slope is not None:
@@ -64,14 +59,14 @@ def flow_loss_backward_kernel(slope, dloss, dv, factor: tl.float64, N, BLOCK: tl
     """dv = slope * (factor * dloss), N contiguous elements; dloss is a scalar in memory."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = offsets < N
-    # Under the interpreter factor is a Python number: the product gives it a dtype.
+    # In the interpreter factor is a Python number: the multiplication gives it a dtype.
     b_scale = (factor * tl.full((1,), 1.0, tl.float64)).to(acc) * tl.load(dloss).to(acc)
     b_slope = tl.load(slope + offsets, m, 0.0).to(acc)
     tl.store(dv + offsets, (b_slope * b_scale).to(dv.dtype.element_ty), m)
 
 
 def noise_and_target(clean: Tensor, noise: Tensor, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x_t in `dtype`, target in float32, or float64 where an input is), both contiguous."""
+    """(x_t in `dtype`, target in float32, or float64 if an input is), both contiguous."""
     exact = torch.promote_types(torch.promote_types(clean.dtype, noise.dtype), torch.float32)
     x_t = torch.empty(clean.shape, dtype=dtype, device=clean.device)
     target = torch.empty(clean.shape, dtype=exact, device=clean.device)
@@ -88,7 +83,7 @@ def noise_and_target(clean: Tensor, noise: Tensor, sigma: Tensor, dtype: torch.d
 def flow_loss_forward(
     velocity: Tensor, target: Tensor, weight: Tensor, want_slope: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(loss [], frame_errors [B, F], slope in velocity's dtype or None); NaN where there is nothing to average."""
+    """(loss [], frame_errors [B, F], slope in velocity's dtype or None); NaN without elements."""
     B, C, F, h, w = velocity.shape
     exact = torch.promote_types(torch.promote_types(velocity.dtype, target.dtype), torch.float32)
     launch = plane_launch(velocity)

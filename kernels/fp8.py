@@ -1,7 +1,10 @@
-"""e4m3 rows with one scale each, of x or of its tanh GELU: scale = max(amax, 1e-12) / 448, q = x / scale to nearest even.
+"""Rows in e4m3 with one scale each, of x or of its tanh GELU.
 
-x [..., D] of any float dtype, computed in float32; q float8_e4m3fn [..., D]; scale float32 [..., 1]; q * scale ~ x. No
-value saturates, since the largest becomes 448. A row that holds NaN or infinity comes back as NaN.
+    scale = max(amax, 1e-12) / 448, q = x / scale to nearest even
+
+x [..., D] of any float dtype, computed in float32; q float8_e4m3fn [..., D]; scale float32
+[..., 1]; q * scale ~ x. No value saturates, since the largest becomes 448. A row with NaN or
+infinity comes back as NaN.
 """
 
 from __future__ import annotations
@@ -14,15 +17,15 @@ from torch import Tensor
 from pusa_fast.kernels._launch import interpreted, row_launch
 from pusa_fast.kernels._tokens import unit_stride
 
-_PER_THREAD = 56  # elements of a row, which stay in registers: at D = 13,824 eight warps share it
+_PER_THREAD = 56  # elements of a row, kept in registers: at D = 13,824 eight warps share it
 E4M3_MAX = tl.constexpr(448.0)
 MIN_AMAX = tl.constexpr(1e-12)
 
 
 def check_fp8_device(device: torch.device) -> None:
-    """Raises ValueError where the kernels cannot run: conversion to e4m3 came with compute capability 8.9.
+    """Raises ValueError where the kernels cannot run: e4m3 needs compute capability 8.9.
 
-    The CPU passes under the interpreter, and meta always: nothing runs there, which is how kernels are compiled without a GPU.
+    The CPU passes under the interpreter, and meta always: kernels are compiled on it without a GPU.
     """
     if device.type == "meta" or (device.type == "cpu" and interpreted()):
         return
@@ -48,8 +51,10 @@ def row_scale(b_x):
 
 @triton.jit
 def to_e4m3(b_x, b_scale):
-    """b_x / b_scale, correctly rounded, in e4m3. A product and its correction: a division per element would cost more than
-    the element's bytes."""
+    """b_x / b_scale in e4m3, correctly rounded: a multiplication by the inverse and its correction.
+
+    A division would cost more time than the bytes of its element.
+    """
     b_inverse = tl.div_rn(1.0, b_scale)
     b_q = b_x * b_inverse
     return tl.fma(tl.fma(b_q, -b_scale, b_x), b_inverse, b_q).to(tl.float8e4nv)
@@ -57,12 +62,15 @@ def to_e4m3(b_x, b_scale):
 
 @triton.jit
 def _gelu(b_x):
-    """x * sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x * (1 + tanh(u)) / 2 and overflows to x or 0."""
+    """x * (1 + tanh(u)) / 2 as x * sigmoid(2 u), which overflows to x or 0.
+
+    u = sqrt(2 / pi) (x + 0.044715 x^3)
+    """
     b_e = tl.exp2(b_x * (-2.302208198 - 0.1029432397 * b_x * b_x))  # exp(-2 u)
     return b_x / (1 + b_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def quantize_rows_kernel(
     x, q, scale, N, stride,
     D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, GELU: tl.constexpr,
@@ -70,7 +78,7 @@ def quantize_rows_kernel(
     i_r = (tl.program_id(0) * BR + tl.arange(0, BR))[:, None]
     i_d = tl.arange(0, BD)[None, :]
     m_r = i_r < N
-    # A lone row is always there; without its condition the compiler drops what lies beyond the width.
+    # A program's only row always exists: without that condition the compiler drops columns past D.
     m_x = i_d < D if BR == 1 else m_r & (i_d < D)
     i_r = i_r.to(tl.int64)
     b_x = tl.load(x + i_r * stride + i_d, m_x, 0.0, eviction_policy="evict_first").to(tl.float32)
@@ -102,5 +110,5 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gelu_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(q, scale) of the tanh GELU of x, which is not rounded in between."""
+    """(q, scale) of the tanh GELU of x, without rounding in between."""
     return _quantize(x, gelu=True)

@@ -74,7 +74,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
 def rms_norm_backward(
     dn: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, want_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(dx, dweight): dx [..., D] contiguous in x's dtype, dweight [D] in the accumulator's or None."""
+    """(dx [..., D] contiguous in x's dtype, dweight [D] in the accumulator's or None)."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x = as_sequences(x)
     dn = unit_stride(dn.reshape(x.shape))

@@ -1,11 +1,11 @@
-"""RMSNorm of q and of k over all heads, then 3-D rotary embedding of adjacent pairs: one pass over a packed projection.
+"""RMSNorm of q and of k over all heads, then 3-D rotary embedding, in one pass over packed QKV.
 
     n = x * rstd * weight,  rstd = 1 / sqrt(mean_HK(x^2) + eps)
     out[2j] = n[2j] * cos - n[2j+1] * sin,  out[2j+1] = n[2j] * sin + n[2j+1] * cos
 
 x is q or k, [B, L, H, K]; weight [H*K]. Token l has the position (t // (h*w), t // w % h, t % w),
-t = first_token + l, in the whole clip's grid (F, h, w). Pair j takes its angle from row p of cos, sin
-[P, K/2]; p is the token's frame, row or column as `rope_split(K)` says. Backward, with dn the
+t = first_token + l, in the whole clip's grid (F, h, w). Pair j takes its angle from row p of cos,
+sin [P, K/2]; p is the token's frame, row or column as `rope_split(K)` says. Backward, with dn the
 gradient of n (dout rotated back), g = dn * weight and xhat = x * rstd:
 
     dx = rstd * (g - xhat * mean_HK(g * xhat)),  dweight = sum over tokens of dn * xhat
@@ -28,23 +28,23 @@ from pusa_fast.kernels._launch import power_of_2, row_launch
 from pusa_fast.kernels._tokens import accumulator, as_row, triton_accumulator, unit_stride
 from pusa_fast.kernels.reference import rope_split
 
-# Elements of q, and as many of k, in one thread. With fewer, most instructions would go to addresses,
-# angles and sums, and instructions, not bytes, would limit the speed.
+# Elements of q, and as many of k, in one thread. With fewer, most instructions would compute
+# addresses, angles and sums, and instructions, not bytes, would limit the speed.
 _PER_THREAD = 40
-# Programs that add up weight gradients: about what runs at once on the largest GPUs, and a constant,
-# so that the order of additions does not depend on the card.
+# Programs that add up weight gradients: about what runs at once on the largest GPUs. A constant, so
+# that the order of additions does not depend on the card.
 _PARTIAL_SUMS = 256
 
 
 @triton.jit
 def _tile(i, L, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr):
-    """(i_b, i_t, i_h, i_k, m_t, m_w, m_x) of the i-th tile: masks of its tokens, of a weight, of both."""
+    """(i_b, i_t, i_h, i_k, m_t, m_w, m_x) of the i-th tile: masks of tokens, weights and both."""
     tiles = tl.cdiv(L, BT)
     i_b = (i // tiles).to(tl.int64)
     i_t = (i % tiles * BT + tl.arange(0, BT))[:, None, None]
     i_h, i_k = tl.arange(0, BH)[None, :, None], tl.arange(0, BK)[None, None, :]
     m_w = (i_h < H) & (i_k < K)
-    # A program's only token always exists; without that condition the compiler drops the heads beyond H.
+    # A program's only token always exists: without that condition the compiler drops heads past H.
     m_t = i_t < L
     m_x = m_w if BT == 1 else m_t & m_w
     return i_b, i_t, i_h, i_k, m_t, m_w, m_x
@@ -58,7 +58,10 @@ def _pointers(x, i_b, i_t, i_h, i_k):
 
 @triton.jit
 def _angles(cos, sin, i_t, m_t, h, w, FRAME: tl.constexpr, ROW: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, acc):
-    """cos, sin [BT, 1, BK/2] of the clip's tokens i_t: pairs below FRAME by frame, the next ROW by row, the rest by column."""
+    """cos, sin [BT, 1, BK/2] of the clip's tokens i_t.
+
+    Pairs below FRAME rotate by the frame, the next ROW by the row, the rest by the column.
+    """
     i_p = tl.arange(0, BK // 2)[None, None, :]
     i_fh = i_t // w
     i_f = i_fh // h
@@ -114,8 +117,10 @@ def qk_rope_backward_kernel(
     H: tl.constexpr, K: tl.constexpr, FRAME: tl.constexpr, ROW: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, acc: tl.constexpr,
 ):  # fmt: skip
-    """For q or for k; dx is contiguous. A program takes `per_program` of `tiles` tiles; if partial [programs, H*K] is
-    given, it writes the sum of their dn * xhat to its row."""
+    """For q or for k; dx is contiguous. A program takes `per_program` of `tiles` tiles.
+
+    It writes the sum of their dn * xhat to its row of partial [programs, H*K], if given.
+    """
     i_first = tl.program_id(0) * per_program
     b_sum = tl.zeros((BT, BH, BK), acc)
     for i in range(i_first, min(tiles, i_first + per_program)):
@@ -140,7 +145,7 @@ def qk_rope_backward_kernel(
 
 
 def _as_heads(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """A tensor [B, L, H, K] and its strides: a view of a packed projection, or attention's gradient."""
+    """Tensor and strides of x [B, L, H, K]: a view of a packed projection, or a gradient."""
     x = unit_stride(x)
     return x, x.stride(0), x.stride(1), x.stride(2)
 
@@ -159,8 +164,10 @@ def qk_rope_forward(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor,
     grid: tuple[int, int, int], first_token: int, eps: float, inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(q_out, k_out, rstd_q, rstd_k): q_out, k_out [B, L, H, K], q and k themselves if `inplace`; rstd [B, L] in the
-    accumulator's dtype."""
+    """(q_out, k_out, rstd_q, rstd_k): [B, L, H, K], q and k themselves if `inplace`, and [B, L].
+
+    rstd is in the accumulator's dtype.
+    """
     B, L = q.shape[:2]
     rstd_q, rstd_k = (torch.empty((B, L), dtype=accumulator(q), device=q.device) for _ in range(2))
     sources = _as_heads(q), _as_heads(k)
@@ -184,7 +191,7 @@ def qk_rope_backward(
     dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor,
     grid: tuple[int, int, int], first_token: int, rstd_q: Tensor, rstd_k: Tensor, want_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dq_in, dk_in, dweight_q, dweight_k) from the gradients of the outputs and the forward pass's inputs.
+    """(dq_in, dk_in, dweight_q, dweight_k) from the outputs' gradients and the forward's inputs.
 
     dq_in, dk_in [B, L, H, K] contiguous in q's dtype; weight gradients [H*K] in the accumulator's,
     always added up in the same order, None unless `want_weights`.

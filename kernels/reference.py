@@ -27,9 +27,9 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def _by_frame(
     table_BFD: Tensor, tokens_per_frame: int | None, first_token: int, *tokens_BLD: Tensor
 ) -> tuple[Tensor, ...]:
-    """Rows [B, G, 1, D] of the table, and the tensors as views [B, G, L/G, D] that they broadcast to.
+    """Rows [B, G, 1, D] of the table, and the tensors as views [B, G, L/G, D].
 
-    A group is a frame where the shard holds whole frames, else a token: rows are then copied.
+    A group is a frame if the shard holds whole frames, else a token: rows are then copied.
     """
     L, F = tokens_BLD[0].shape[1], table_BFD.shape[1]
     if tokens_per_frame is None:
@@ -54,7 +54,7 @@ def gated_residual(
     tokens_per_frame: int | None = None,
     first_token: int = 0,
 ) -> Tensor:
-    """x + gate[f] * y, or x + y without a gate. x, y [B, L, D]; gate [B, F, D]; returns x's dtype."""
+    """x + gate[f] * y, or x + y without a gate, in x's dtype. x, y [B, L, D]; gate [B, F, D]."""
     return _residual(x, y, gate, tokens_per_frame, first_token).to(x.dtype)
 
 
@@ -108,7 +108,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rope_split(head_dim: int) -> tuple[int, int, int]:
-    """Columns of a head rotated by frame, row and column position: official Wan's split, each even."""
+    """Columns of a head rotated by frame, row and column: official Wan's split, each even."""
     third = 2 * (head_dim // 6)
     return head_dim - 2 * third, third, third
 
@@ -137,7 +137,7 @@ def qk_rope(
 
     qkv [B, L, 3, H, K]; weight_q, weight_k [H*K]; cos, sin [P, K/2] with P >= max(grid); grid
     (F, h, w) of the whole clip, of which qkv holds the L tokens from first_token on. Returns
-    (q, k, v), each [B, L, H, K] in qkv's dtype. v is a view of qkv; with `inplace`, q and k are too.
+    (q, k, v), each [B, L, H, K] in qkv's dtype. v is a view of qkv; with `inplace`, so are q and k.
     """
     acc = _accumulator(qkv.dtype)
     tables = (_token_table(table.to(acc), grid) for table in (cos, sin))
@@ -158,8 +158,8 @@ def qk_rope(
 def guided_euler_step(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: float, dsigma: Tensor) -> Tensor:
     """x[f] += (v_neg + guidance * (v - v_neg))[f] * dsigma[f]: guidance and a per-frame Euler step.
 
-    x, v, v_neg [B, C, F, h, w]; dsigma [F]. Without v_neg the velocity is v. A frame whose dsigma is
-    0 keeps its bits whatever v holds. Returns x's dtype.
+    x, v, v_neg [B, C, F, h, w]; dsigma [F]. Without v_neg the velocity is v. A frame whose dsigma
+    is 0 keeps its bits whatever v holds. Returns x's dtype.
     """
     acc = _accumulator(x.dtype)
     velocity = v.to(acc)
@@ -174,8 +174,8 @@ def noise_and_target(
 ) -> tuple[Tensor, Tensor]:
     """(x_t, target): x_t = (1 - sigma[f]) * clean + sigma[f] * noise, target = noise - clean.
 
-    clean, noise [B, C, F, h, w]; sigma [B, F]. x_t in `dtype` (None: clean's), target in float32, or
-    float64 if clean or noise is.
+    clean, noise [B, C, F, h, w]; sigma [B, F]. x_t in `dtype` (None: clean's), target in float32,
+    or float64 if clean or noise is.
     """
     acc = _accumulator(torch.promote_types(clean.dtype, noise.dtype))
     x, e, s = clean.to(acc), noise.to(acc), sigma.to(acc)[:, None, :, None, None]
@@ -195,13 +195,13 @@ def flow_loss(velocity: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor,
 
 
 def gelu(x: Tensor, inplace: bool = False) -> Tensor:
-    """GELU in its tanh form, x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2, in x's dtype."""
+    """Tanh GELU, x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2, in x's dtype."""
     out = nnf.gelu(x, approximate="tanh")
     return x.copy_(out) if inplace else out
 
 
 def _phases(y_BTHWC: Tensor) -> Tensor:
-    """[B, T, H/2+1, W/2+1, 4*C] -> [B, T, H, W, C]: out[2i+a, 2j+e, c] = y[i+a, j+e, (2a+e)*C + c]."""
+    """[B, T, H/2+1, W/2+1, 4*C] -> [B, T, H, W, C]; see `vae_act`."""
     h, w = y_BTHWC.shape[2] - 1, y_BTHWC.shape[3] - 1
     y = torch.unflatten(y_BTHWC, -1, (2, 2, y_BTHWC.shape[-1] // 4))
     rows = [torch.stack([y[:, :, a : a + h, e : e + w, a, e] for e in (0, 1)], dim=4) for a in (0, 1)]
@@ -216,12 +216,12 @@ def vae_act(
     silu: bool = True,
     upsampled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """r = y (+ bias) (+ x); out = act(r / max(||r||, 1e-12) * sqrt(C) * gamma), act SiLU or identity.
+    """r = y (+ bias) (+ x); out = act(r / max(||r||, 1e-12) * sqrt(C) * gamma).
 
-    x, r, out [B, T, H, W, C], the norm over C. y has the same shape, or with `upsampled`
-    [B, T, H/2+1, W/2+1, 4*C]: the four phases of a convolution after a nearest 2x upsampling,
-    r[2i+a, 2j+e, c] = y[i+a, j+e, (2a+e)*C + c]. gamma, bias: C elements of any shape. out is None
-    without gamma. The norm reads r before it is rounded to y's dtype. Returns (r, out).
+    act is SiLU or identity. x, r, out [B, T, H, W, C], the norm over C. y has the same shape, or
+    with `upsampled` [B, T, H/2+1, W/2+1, 4*C]: the four phases of a convolution after a nearest 2x
+    upsampling, r[2i+a, 2j+e, c] = y[i+a, j+e, (2a+e)*C + c]. gamma, bias: C elements of any shape.
+    out is None without gamma. The norm reads r before it is rounded to y's dtype. Returns (r, out).
     """
     acc = _accumulator(y.dtype)
     s = _phases(y.to(acc)) if upsampled else y.to(acc)

@@ -35,7 +35,7 @@ from pusa_fast.kernels.fp8 import check_fp8_device, to_e4m3
 from pusa_fast.kernels.fp8 import row_scale as e4m3_scale
 from pusa_fast.kernels.table_grad import frame_moments, frame_products
 
-# Elements of a row in one thread: four warps at D = 5120, and registers for at least three rows on an SM.
+# Elements of a row in one thread: four warps at D = 5120, and three rows or more on an SM.
 _PER_THREAD = 40
 
 
@@ -45,7 +45,7 @@ def residual_norm_forward_kernel(
     L, tokens_per_frame, first_token,
     eps: tl.constexpr, D: tl.constexpr, acc: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """None is absent: without x, r = gate * y; without n, the residual alone. With row_scale, n is in e4m3."""
+    """Without x, r = gate * y; without n, the residual alone; with row_scale, n is in e4m3."""
     i_b, o_l, o_d, mask = tile(L, D, BR, BD)
     i_f = (first_token + o_l) // tokens_per_frame
     if y is None:
@@ -130,7 +130,10 @@ def residual_norm_forward(
     x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, eps: float, tokens_per_frame: int, first_token: int,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(r, n, mean, rstd): r, n contiguous in x's dtype; mean, rstd [B, L] in the accumulator's. Without y, r is None."""
+    """(r, n, mean, rstd): r (None without y) and n contiguous in x's dtype.
+
+    mean, rstd [B, L] are in the accumulator's dtype.
+    """
     n = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     r = None if y is None else torch.empty_like(n)
     mean = torch.empty(x.shape[:2], dtype=accumulator(x), device=x.device)
@@ -162,11 +165,11 @@ def residual_norm_backward(
     weight: Tensor | None, mean: Tensor, rstd: Tensor, want_gate: bool, want_modulation: bool, want_affine: bool,
     tokens_per_frame: int, first_token: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dx, dy, dgate, dscale, dshift, dweight, dbias), None where absent or unwanted; without a gate dy is dx.
+    """(dx, dy, dgate, dscale, dshift, dweight, dbias), None where absent or unwanted.
 
-    dx contiguous in r's dtype, dy in y's (r's if y is None); gradients of tables [B, F, D], 0 for
-    frames without tokens here, and of weight and bias [D], in the accumulator's dtype. y is read
-    only for dgate.
+    Without a gate dy is None: it equals dx. dx is contiguous in r's dtype, dy in y's (r's if y is
+    None). Gradients of tables [B, F, D], 0 for frames without tokens here, and of weight and bias
+    [D] are in the accumulator's dtype. y is read only for dgate.
     """
     B, L, D = r.shape
     dn, r = unit_stride(dn), unit_stride(r)
@@ -201,7 +204,7 @@ def gated_residual_forward(
 def gated_residual_backward(
     dr: Tensor, y: Tensor | None, gate: Tensor | None, want_gate: bool, tokens_per_frame: int, first_token: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dy, dgate): dy = gate[f] * dr in y's dtype (dr's if y is None), dgate [B, F, D]; None without a gate."""
+    """(dy = gate[f] * dr in y's dtype, or dr's without y; dgate [B, F, D]), None ungated."""
     if gate is None:
         return None, None
     dr = unit_stride(dr)

@@ -1,7 +1,9 @@
-"""Classifier-free guidance and a per-frame Euler step in one pass: x[f] += (v_neg + guidance * (v - v_neg))[f] * dsigma[f].
+"""Classifier-free guidance and a per-frame Euler step in one pass.
 
-x, v, v_neg [B, C, F, h, w], v_neg None for v as it is; dsigma [F]. Inference only. A frame whose dsigma is 0 keeps its bits
-whatever v holds, which is then not read.
+    x[f] += (v_neg + guidance * (v - v_neg))[f] * dsigma[f]
+
+x, v, v_neg [B, C, F, h, w]; without v_neg the velocity is v; dsigma [F]. Inference only. A frame
+whose dsigma is 0 keeps its bits whatever v holds: v is then not read.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pusa_fast.kernels._planes import WARPS, as_planes, plane_launch, plane_pointers
+from pusa_fast.kernels._planes import WARPS, as_planes, plane_launch, plane_pointers, plane_tile
 from pusa_fast.kernels._tokens import triton_accumulator
 
 
@@ -21,17 +23,14 @@ def guided_euler_step_kernel(
     BR: tl.constexpr, BD: tl.constexpr, acc: tl.constexpr,
 ):  # fmt: skip
     """N = B * C * F rows of AREA pixels; out is contiguous."""
-    i_r = (tl.program_id(0) * BR + tl.arange(0, BR))[:, None]
-    o_d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
-    i_f, i_c, i_b = i_r % F, i_r // F % C, i_r // F // C
-    m_x = (i_r < N) & (o_d < AREA)
+    i_r, i_b, i_c, i_f, o_d, _, m_x = plane_tile(N, C, F, AREA, BR, BD)
     b_dsigma = tl.load(dsigma + i_f).to(acc)
     frozen = b_dsigma == 0
     b_x = tl.load(plane_pointers(x, i_b, i_c, i_f, o_d), m_x, 0.0)
     b_v = tl.load(plane_pointers(v, i_b, i_c, i_f, o_d), m_x & ~frozen, 0.0).to(acc)
     if v_neg is not None:
         b_neg = tl.load(plane_pointers(v_neg, i_b, i_c, i_f, o_d), m_x & ~frozen, 0.0).to(acc)
-        # Under the interpreter guidance is a Python number: the product gives it a dtype.
+        # In the interpreter guidance is a Python number: the multiplication gives it a dtype.
         b_guidance = (guidance * tl.full((1, 1), 1.0, tl.float64)).to(acc)
         b_v = b_neg + b_guidance * (b_v - b_neg)
     b_new = (b_x.to(acc) + b_v * b_dsigma).to(b_x.dtype)

@@ -1,4 +1,4 @@
-"""Every Triton launcher by the name that `pusa_fast.ops` calls; the native module has the names that it serves."""
+"""Every Triton launcher by the name that `pusa_fast.ops` calls, as native launchers are named."""
 
 from pusa_fast.kernels.flow import flow_loss_backward, flow_loss_forward, noise_and_target
 from pusa_fast.kernels.fp8 import gelu_quantize_rows, quantize_rows

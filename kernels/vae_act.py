@@ -1,19 +1,18 @@
-"""The VAE's step between two convolutions: bias, residual, RMS norm over channels and SiLU in one pass. Inference only.
+"""The VAE between two convolutions: bias, residual, RMS norm over channels and SiLU in one pass.
 
     r   = y + bias + x
     out = act(r / max(||r||, 1e-12) * sqrt(C) * gamma)        act: SiLU or identity
 
-x, r, out [B, T, H, W, C], views with a last stride of 1: parts of the windows that convolutions read. y is too, or the
-result of a convolution at half the resolution, [B, T, H/2+1, W/2+1, 4*C], whose channels (2a+e)*C .. at (i+a, j+e) are
-pixel (2i+a, 2j+e) of r. gamma, bias [C]. bias, x, and one of r and out may be absent; r may be the memory of x or y. The
-norm reads r before it is rounded.
+x, r, out [B, T, H, W, C] are views with a last stride of 1: parts of the windows that convolutions
+read. y has the same shape, or is the result of a convolution at half the resolution,
+[B, T, H/2+1, W/2+1, 4*C], whose channels (2a+e)*C .. at (i+a, j+e) are pixel (2i+a, 2j+e) of r.
+gamma, bias [C]. bias, x, and one of r and out are optional; r may be the memory of x or y. The norm
+reads r before it is rounded. Inference only.
 
-A program takes BR pixels. Its axes are joined wherever strides allow it, so that most often W is all of them.
+A program takes BR pixels. Axes are joined where strides allow it, so that W is usually all of them.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -22,35 +21,32 @@ from torch import Tensor
 from pusa_fast.kernels._launch import power_of_2, row_launch
 from pusa_fast.kernels._tokens import load_row, triton_accumulator
 
-# Elements of a program in one thread: with 32 it has four loads of 16 bytes of bf16 under way for each tensor, and still
-# room in its registers for y, x and their sum. Every pixel of a program costs offsets of its own: narrow ones fill less.
+# Elements of a program in one thread: 32 keep four loads of 16 bytes of bf16 in flight for each
+# tensor and leave registers for y, x and their sum. Every pixel needs its own offsets, so a program
+# takes at most _PIXELS, however narrow they are.
 _PER_THREAD = 32
 _TILE = 4096
 _PIXELS = 32
 _MAX_PIXELS = 2**31 - _TILE  # the last program counts beyond them
 
 
-class Pixels(NamedTuple):
-    """A tensor [B, T, H, W, C] with unit last stride. FLAT launches use stride_w alone."""
-
-    data: Tensor
-    stride_b: int
-    stride_t: int
-    stride_h: int
-    stride_w: int
+@triton.jit
+def _load(x, o_x, mask, acc: tl.constexpr):
+    return tl.load(x[0] + o_x, mask, 0.0, eviction_policy="evict_first").to(acc)
 
 
 @triton.jit
-def _load(x, o_x, mask, acc: tl.constexpr):
-    return tl.load(x.data + o_x, mask, 0.0, eviction_policy="evict_first").to(acc)
+def _store(x, o_x, b_x, mask):
+    tl.store(x[0] + o_x, b_x.to(x[0].dtype.element_ty), mask)
 
 
 @triton.jit
 def _offsets(x, i_b, i_t, i_h, i_w, FLAT: tl.constexpr):
-    """In int64: a clip has more elements than 2^31."""
-    o_x = i_w.to(tl.int64) * x.stride_w
+    """In int64: a clip has more elements than 2^31. FLAT: x steps along W alone."""
+    _, stride_b, stride_t, stride_h, stride_w = x
+    o_x = i_w.to(tl.int64) * stride_w
     if not FLAT:
-        o_x += i_b.to(tl.int64) * x.stride_b + i_t.to(tl.int64) * x.stride_t + i_h.to(tl.int64) * x.stride_h
+        o_x += i_b.to(tl.int64) * stride_b + i_t.to(tl.int64) * stride_t + i_h.to(tl.int64) * stride_h
     return o_x
 
 
@@ -60,7 +56,10 @@ def vae_act_kernel(
     C: tl.constexpr, SILU: tl.constexpr, UPSAMPLED: tl.constexpr, FLAT: tl.constexpr, acc: tl.constexpr,
     BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """P = B * T * H * W pixels, fewer than 2^31; FLAT: B, T and H are 1."""
+    """P = B * T * H * W pixels, fewer than 2^31; FLAT: B, T and H are 1.
+
+    y, x, r, out: pointer and strides of B, T, H, W of a tensor [B, T, H, W, C].
+    """
     i_p = tl.program_id(0) * BR + tl.arange(0, BR)[:, None]
     o_c = tl.max_contiguous(tl.arange(0, BD)[None, :], [1, 8])  # 16 bytes of bf16 to a thread
     mask = (i_p < P) & (o_c < C)
@@ -79,7 +78,7 @@ def vae_act_kernel(
     if x is not None:
         b_s += _load(x, _offsets(x, i_b, i_t, i_h, i_w, FLAT) + o_c, mask, acc)
     if r is not None:
-        tl.store(r.data + _offsets(r, i_b, i_t, i_h, i_w, FLAT) + o_c, b_s.to(r.data.dtype.element_ty), mask)
+        _store(r, _offsets(r, i_b, i_t, i_h, i_w, FLAT) + o_c, b_s, mask)
     if out is not None:
         b_norm = tl.sqrt(tl.sum(b_s * b_s, 1, keep_dims=True))
         b_norm = tl.where(b_norm < 1e-12, 1e-12, b_norm)  # NaN stays
@@ -87,11 +86,14 @@ def vae_act_kernel(
         b_n = b_s * (ROOT / b_norm) * load_row(gamma, o_c, mask, acc)
         if SILU:
             b_n *= tl.sigmoid(b_n)
-        tl.store(out.data + _offsets(out, i_b, i_t, i_h, i_w, FLAT) + o_c, b_n.to(out.data.dtype.element_ty), mask)
+        _store(out, _offsets(out, i_b, i_t, i_h, i_w, FLAT) + o_c, b_n, mask)
 
 
 def _joined(size: list[int], strides: list[list[int]]) -> None:
-    """Joins axes B, T, H, W, from W outwards, along which all of `strides` step evenly. In place; what is left over is 1."""
+    """Joins axes B, T, H, W, from W outwards, along which all of `strides` step evenly.
+
+    In place; unused axes get size 1.
+    """
     last = 3
     for axis in (2, 1, 0):
         outer, inner = size[axis], size[last]
@@ -117,7 +119,7 @@ def vae_act_(
     silu: bool,
     upsampled: bool,
 ) -> None:
-    """Fills r and out, where they are given. Raises ValueError: too many channels or pixels."""
+    """Fills those of r and out that are given. Raises ValueError: too many channels or pixels."""
     like = r if out is None else out
     assert like is not None
     if not like.numel():
@@ -126,7 +128,7 @@ def vae_act_(
     size, strides = list(like.shape[:4]), [list(t.stride()[:4]) for t in given]
     if not upsampled:
         _joined(size, strides)
-    views = iter([Pixels(t, *s) for t, s in zip(given, strides, strict=True)])
+    views = iter([(t, *s) for t, s in zip(given, strides, strict=True)])
     p_y, p_x, p_r, p_out = (None if t is None else next(views) for t in (y, x, r, out))
     channels, pixels = like.shape[4], size[0] * size[1] * size[2] * size[3]
     if pixels >= _MAX_PIXELS:

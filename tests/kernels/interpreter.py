@@ -1,8 +1,9 @@
-"""Triton's CPU interpreter with the hardware's rounding in casts to and from bf16 and e4m3, and faster; see conftest.py.
+"""Triton's CPU interpreter, with the hardware's rounding of bf16 and e4m3 and faster; see conftest.
 
-Alone, it truncates fp32 -> bf16 and fp32 -> e4m3, takes e4m3's NaN for 480, and converts float64 -> bf16 as if to an
-integer; and it prepares `triton.language` for every call of a helper function, which takes most of a program's time.
-Arithmetic on bf16 values stays wrong: kernels upcast what they load, as they should anyway. Triton 3.6 and 3.7.
+Alone, it truncates fp32 -> bf16 and fp32 -> e4m3, takes e4m3's NaN for 480, and converts
+float64 -> bf16 as if to an integer. It also prepares `triton.language` for every call of a helper
+function, which takes most of a program's time. Arithmetic on bf16 values stays wrong: kernels
+upcast what they load, as they should anyway. Triton 3.6 and 3.7.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ E4M3_MAX = 448.0
 
 
 def cast(data: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray:
-    """`data`, bits of `source`, as bits of `target`: to nearest even, e4m3 saturating as the hardware's does."""
+    """`data`, bits of `source`, as bits of `target`: to nearest even, and e4m3 saturates."""
     (dtype, _), (target_dtype, target_bits) = STORAGE[source], STORAGE[target]
     values = torch.from_numpy(np.array(data)).view(dtype)  # a copy: torch warns of read-only arrays
     if target == tl.float8e4nv:

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled at the shapes of 14B, 1.3B and nano, without a GPU: nothing spills, all of them fit."""
+"""Every Triton kernel compiled at the shapes of 14B, 1.3B and nano, without a GPU: none spills."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_spill_is_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_kernels_fit(arch: int, tmp_path: Path) -> None:
-    """No spill, shared memory and registers within what the GPU has; in forward kernels all rows move 16 bytes at a time."""
+    """No spill, room in shared memory and registers; forward kernels move 16 bytes at a time."""
     done = run("-m", "bench.ahead_of_time", "--arch", str(arch), "--json", tmp_path / "records.json")
     assert done.returncode == 0, done.stdout + done.stderr
     records: list[dict[str, Any]] = json.loads((tmp_path / "records.json").read_text(encoding="utf-8"))

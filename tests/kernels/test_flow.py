@@ -1,4 +1,4 @@
-"""Noising with its target, and the flow-matching loss with its gradient: every backend against plain torch in float64."""
+"""Noising and the flow-matching loss with its gradient: every backend against float64."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_noise_and_target(ops_backend: str, clean: torch.dtype, noise: torch.dty
 
 
 def test_noising_by_hand(ops_backend: str) -> None:
-    """Each frame of each clip takes its own level; levels 0 and 1 give what was put in, bit for bit."""
+    """Each frame of each clip takes its own level; levels 0 and 1 give the inputs, bit for bit."""
     device = device_of(ops_backend)
     clean, noise, _ = make((2, 3, 2, 3, 3), (torch.float32,) * 2, device)
     sigma = torch.tensor([[0.0, 1.0], [0.25, 0.5]], device=device)
@@ -125,7 +125,7 @@ def test_flow_loss_by_hand(ops_backend: str) -> None:
 
 
 def test_half_precision_gradients_do_not_underflow(ops_backend: str) -> None:
-    """2 / N of a real clip is below what float16 resolves: a scaled loss must find its slopes intact."""
+    """2 / N of a real clip is below float16's resolution: a scaled loss still has its slopes."""
     velocity, target, weight = make((1, 2, 2, 33, 65), (torch.float16, torch.float32), device_of(ops_backend))
     _, _, gradient = check_loss(velocity, target, weight * 1e-4, scale=2.0**24)
     assert (gradient[:, :, 1] != 0).float().mean() > 0.99
@@ -158,7 +158,7 @@ def test_any_strides(ops_backend: str) -> None:
 
 
 def test_empty(ops_backend: str) -> None:
-    """As torch's own mean: the average of nothing is no number."""
+    """As torch's own mean: the average of nothing is NaN."""
     for shape in ((0, 2, 3, 4, 5), (1, 2, 0, 4, 5), (1, 2, 3, 0, 5)):
         x, y, frames = make(shape, (torch.float32,) * 2, device_of(ops_backend))
         assert [t.shape for t in ops.noise_and_target(x, y, frames)] == [shape, shape]
@@ -178,7 +178,7 @@ def test_a_nan_is_not_hidden_by_a_weight_of_zero(ops_backend: str) -> None:
 
 
 def test_memory_is_written_before_it_is_read(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs hold NaN until then. Cut as on a GPU, and finer, where the interpreter would take everything as one tile."""
+    """Outputs hold NaN until then. Cut finer than on a GPU: the interpreter takes one tile."""
     planes = importlib.import_module("pusa_fast.kernels._planes")
     flow = importlib.import_module("pusa_fast.kernels.flow")
     for module, name, size in ((planes, "_INTERPRETER_TILE", 32), (planes, "_TILE", 32), (planes, "_MAX_BLOCK", 16)):

@@ -1,4 +1,4 @@
-"""e4m3 rows against torch's own division and cast: equal, sign of zero apart; after GELU, the cast of a GELU within budget."""
+"""e4m3 rows: equal to torch's division and cast, sign of zero apart; GELU's within its budget."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FUNCTIONS = [fp8.quantize_rows, fp8.gelu_quantize_rows]
 
 @pytest.fixture(autouse=True)
 def _fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's rounds twice, the hardware's once: as this does for float32, whose products are exact in float64."""
+    """Rounds once, like the hardware; the interpreter's own rounds twice."""
 
     def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         exact = x.data.astype(np.float64) * y.data + z.data

@@ -1,4 +1,4 @@
-"""The patched interpreter's casts, against integer arithmetic and the list of all e4m3 numbers, not against torch's casts."""
+"""The patched interpreter's casts, against integer arithmetic and the list of e4m3 numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def some_floats(count: int) -> Tensor:
 
 
 def e4m3_numbers() -> Tensor:
-    """The 127 numbers 0 .. 448 by code: 16 exponents of 8, m/8 * 2^-6 below the first normal; code 127 is NaN."""
+    """The 127 numbers 0 .. 448 by code: 16 exponents of 8, the first subnormal; code 127 is NaN."""
     codes = torch.arange(127)
     exponent, mantissa = codes >> 3, (codes & 7).double() / 8
     return torch.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * torch.exp2(exponent - 7.0))

@@ -1,4 +1,4 @@
-"""residual_norm, gated_residual and rms_norm as operators of torch: derivatives, schema and fakes, torch.compile."""
+"""residual_norm, gated_residual and rms_norm as operators: derivatives, fakes, compilation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RMSNorm of q and k with rotary embedding: Triton and native code against plain torch in float64."""
+"""RMSNorm of q and k with rotary embedding: Triton and native code against torch in float64."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHAPES = [
 
 
 class Inputs(NamedTuple):
-    """`q` and `k` are views of `qkv`; tables are float32, as the transformer's are (float64 beside float64)."""
+    """`q` and `k` are views of `qkv`; tables are float32, or float64 with float64."""
 
     qkv: Tensor
     weight_q: Tensor
@@ -164,7 +164,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(kernels: ModuleType, device: str, layout: str, inplace: bool) -> None:
-    """NaN lies between the elements; the values are those of the packed projection, bit for bit."""
+    """NaN between the elements; the values are those of the packed projection, bit for bit."""
     given = make((2, 1, 3), 3, 10, device=device)
     q, k = LAYOUTS[layout](given.q), LAYOUTS[layout](given.k.clone())
     results = kernels.qk_rope_forward(q, k, *given[1:], 0, EPS, inplace)
@@ -246,7 +246,7 @@ def test_backward_takes_any_strides(kernels: ModuleType, device: str, layout: st
 
 @triton_only
 def test_many_programs(kernels: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter would take the whole of these shapes as one tile: cut them as a GPU does, and finer."""
+    """Cut finer than on a GPU, where the interpreter would take these shapes as one tile."""
     module = importlib.import_module("pusa_fast.kernels.qk_rope")
     launches: list[int] = []
 
@@ -294,7 +294,7 @@ def test_offsets_beyond_31_bits(kernels: ModuleType, device: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches the arithmetic of Triton's interpreter")
 @triton_only
 def test_nothing_past_the_tables_is_read(kernels: ModuleType) -> None:
-    """A program's last tokens may lie past the end, at positions that the tables do not hold: here infinity stands there."""
+    """A program's last tokens may be past the end, at positions past the tables: infinity here."""
     given = make((5, 1, 1), 2, 8, batch=1)
     tables = (torch.full((64, 4), math.inf) for _ in range(2))
     cos, sin = (room[:5].copy_(table[:5]) for room, table in zip(tables, (given.cos, given.sin), strict=True))
@@ -331,7 +331,7 @@ def test_gradcheck() -> None:
 
 def test_opcheck() -> None:
     given = leaves(torch.float32)
-    arguments = (given.qkv.detach()[:, :, 0], given.qkv.detach()[:, :, 1], *given[1:5], list(given.grid), EPS)
+    arguments = (given.qkv.detach()[:, :, 0], given.qkv.detach()[:, :, 1], *given[1:5], list(given.grid), 0, EPS)
     with ops.use("triton"):
         torch.library.opcheck(torch.ops.pusa_fast.qk_rope.default, arguments)
         frozen = tuple(t.detach().clone() if isinstance(t, Tensor) else t for t in arguments)

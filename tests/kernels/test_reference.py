@@ -1,4 +1,4 @@
-"""The reference ops against formulas written out token by token, in float64 and within the error budget of each dtype."""
+"""The reference ops against formulas written token by token, in float64 and within budgets."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_residual_norm_is_within_budget(form: str, padded: bool, dtype: torch.dt
 
 
 def test_residual_norm_takes_float32_tables_and_another_dtype_for_y() -> None:
-    """What the transformer passes: bf16 stream with fp32 tables, and under autocast an fp32 stream with bf16 products."""
+    """What the transformer passes: a bf16 stream; with autocast an fp32 stream and bf16 matmuls."""
     for stream, product in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)):
         x, y = make_input(2, 6, 8, dtype=stream), make_input(2, 6, 8, seed=1, dtype=product)
         gate, scale, shift = (make_input(2, 3, 8, seed=seed) for seed in (2, 3, 4))
@@ -244,12 +244,25 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], str]] = {
     "weight alone": (ops.residual_norm, (X,), {"weight": D}, "give both"),
     "both pairs": (ops.residual_norm, (X,), {"scale": ROWS, "shift": ROWS, "weight": D, "bias": D}, "not both pairs"),
     "frames": (ops.residual_norm, (X[:, :5],), {"scale": ROWS, "shift": ROWS}, "5 tokens do not divide into 3 frames"),
+    "past the frames": (
+        ops.gated_residual,
+        (X, X, ROWS),
+        {"tokens_per_frame": 2, "first_token": 1},
+        "no row for some of the 6 tokens from first_token 1",
+    ),
+    "a shard of what": (ops.gated_residual, (X, X, ROWS), {"first_token": 3}, "first_token 3 needs tokens_per_frame"),
     "two Fs": (ops.residual_norm, (X, X, ROWS[:, :1]), {"scale": ROWS, "shift": ROWS}, "one F for all tables"),
     "per token": (ops.residual_norm, (X,), {"scale": ROWS[0], "shift": ROWS[0]}, "scale must be"),
     "weight": (ops.residual_norm, (X,), {"weight": D[:3], "bias": D}, r"weight must be \[D=4\]"),
     "rms": (ops.rms_norm, (X, D[:3]), {}, "must match x's last dimension"),
     "unpacked": (ops.qk_rope, (QKV[:, :, 0], D, D, TABLE, TABLE, (1, 2, 3)), {}, "qkv must be"),
-    "grid": (ops.qk_rope, (QKV, torch.ones(8), torch.ones(8), TABLE, TABLE, (2, 2, 2)), {}, "does not hold 6 tokens"),
+    "grid": (ops.qk_rope, (QKV, torch.ones(8), torch.ones(8), TABLE, TABLE, (1, 2, 2)), {}, "does not hold 6 tokens"),
+    "past the grid": (
+        ops.qk_rope,
+        (QKV, torch.ones(8), torch.ones(8), TABLE, TABLE, (2, 2, 2)),
+        {"first_token": 3},
+        "does not hold 6 tokens from first_token 3",
+    ),
     "qk weight": (ops.qk_rope, (QKV, D, torch.ones(8), TABLE, TABLE, (1, 2, 3)), {}, r"weight_q must be \[H\*K=8\]"),
     "table": (ops.qk_rope, (QKV, torch.ones(8), torch.ones(8), TABLE, TABLE[:2], (1, 2, 3)), {}, "sin must be"),
     "odd": (ops.qk_rope, (QKV[..., :3], torch.ones(6), torch.ones(6), TABLE, TABLE, (1, 2, 3)), {}, "must be even"),

@@ -1,4 +1,7 @@
-"""residual_norm and gated_residual, forward, backward and as e4m3 rows, against formulas in float64: Triton and native code."""
+"""residual_norm and gated_residual, Triton and native, against formulas in float64.
+
+Forward, backward and as e4m3 rows.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ def arguments(given: Inputs) -> tuple[Tensor | None, ...]:
 def place(given: Inputs) -> tuple[int, int]:
     """(tokens_per_frame, first_token) of a whole sequence."""
     frames = next((given[name].shape[1] for name in TABLES if name in given), 1)
-    return given["x"].shape[1] // frames, 0
+    return max(1, given["x"].shape[1] // frames), 0
 
 
 def forward(kernels: ModuleType, given: Inputs, eps: float = EPS) -> tuple[Any, ...]:
@@ -96,7 +99,7 @@ def cast(given: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def check_forward(kernels: ModuleType, given: Inputs) -> None:
-    """Against the formula in float32 rounded once: the budget of bf16 has no room for a second rounding."""
+    """Against float32 rounded once: the budget of bf16 has no room for a second rounding."""
     x = given["x"]
     r, n, mean, rstd = forward(kernels, given)
     assert (r is None) == ("y" not in given)
@@ -184,7 +187,7 @@ def test_float64_is_computed_in_float64(kernels: ModuleType, device: str) -> Non
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("y_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_mixed_dtypes(kernels: ModuleType, device: str, x_dtype: torch.dtype, y_dtype: torch.dtype) -> None:
-    """The bf16 transformer has float32 tables; under autocast a float32 stream meets bf16 products."""
+    """The bf16 transformer has float32 tables; autocast adds bf16 matmuls to a float32 stream."""
     given = make_inputs(FULL, (2, 3, 2, 33), device, x=x_dtype, y=y_dtype)
     check_forward(kernels, given)
     check_backward(kernels, given)
@@ -225,7 +228,7 @@ def test_eps_is_added_to_the_variance(kernels: ModuleType, device: str, eps: flo
 
 
 def test_views(kernels: ModuleType, device: str) -> None:
-    """Any strides: tables out of a packed one, one for all sequences or frames, axes reversed, columns apart."""
+    """Any strides: packed tables, one for all sequences or frames, axes reversed, columns apart."""
     B, F, tokens, D = 2, 3, 2, 17
     plain = make_inputs(FULL, (B, F, tokens, D), device, padded=False)
     packed = torch.full((B, F, 6, D), math.nan, device=device)
@@ -246,7 +249,7 @@ def test_views(kernels: ModuleType, device: str) -> None:
 def test_any_number_of_rows_a_program(
     kernels: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    """One as for wide rows on a GPU; four lie in two or three frames and pass the end of a sequence."""
+    """One as for wide rows on a GPU; four span two or three frames and pass a sequence's end."""
     monkeypatch.setattr("pusa_fast.kernels._launch._INTERPRETER_TILE", 32 * rows)
     given = make_inputs(FULL, (2, 3, 3, 20), device)
     check_forward(kernels, given)
@@ -329,7 +332,7 @@ def far_apart() -> Tensor:
 
 @pytest.mark.parametrize("axis", ["token", "sequence"])
 def test_offsets_beyond_32_bits(kernels: ModuleType, device: str, far_apart: Tensor, axis: str) -> None:
-    """Neighbours 2^30 elements apart: offsets pass 2^31, where 32 bits turn negative, and reach 2^32, where they are 0."""
+    """Neighbours 2^30 elements apart: offsets pass 2^31 and 2^32, in 32 bits negative and 0."""
     if device != "cpu":
         pytest.skip("a GPU has no memory that is there only where it is touched")
     shape = (1, 5, 1, 16) if axis == "token" else (5, 1, 1, 16)
@@ -346,7 +349,7 @@ def test_offsets_beyond_32_bits(kernels: ModuleType, device: str, far_apart: Ten
 @triton_only
 @pytest.mark.parametrize("names", [FULL, AFFINE, ("x",)], ids=["modulated", "affine", "bare"])
 def test_fp8_rows(kernels: ModuleType, device: str, names: tuple[str, ...]) -> None:
-    """q lies between what n, lower and higher by its error budget, would be rounded to."""
+    """q is between the casts of n less its error budget and of n plus it."""
     given = make_inputs(names, (2, 3, 5, 65), device, torch.bfloat16)
     r, q, scale = kernels.residual_norm_fp8_forward(*arguments(given), EPS, *place(given))
     assert q.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32

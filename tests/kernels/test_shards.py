@@ -18,8 +18,8 @@ from pusa_fast.kernels import reference
 from pusa_fast.model.rope import rope_tables
 from pusa_fast.testing import assert_within_budget, make_input
 
-# The clip's two shards of 6 tokens have a length that 3 frames divide, as an eighth of 32,760 tokens,
-# 4,095, is divided by 21 frames: L // F would give 2 tokens to a frame, not 4.
+# The clip's halves of 6 tokens divide by its 3 frames, as an eighth of 32,760 tokens, 4,095, does
+# by 21: L // F would give 2 tokens to a frame, not 4.
 B, F, TOKENS, D = 2, 3, 4, 20
 L, GRID, HEADS = F * TOKENS, (F, 2, 2), 2
 Tensors = dict[str, Tensor]
@@ -29,7 +29,7 @@ SIZES |= dict.fromkeys(("gate", "scale", "shift"), (B, F, D))
 
 
 class Case(NamedTuple):
-    """`call(module, tensors, first_token)`, of `ops` or the reference, whose outputs are [B, L, ...]."""
+    """`call(module, tensors, first)` of `ops` or the reference returns tensors [B, L, ...]."""
 
     call: Callable[[Any, Tensors, int], tuple[Tensor, ...]]
     names: tuple[str, ...]
@@ -91,7 +91,7 @@ def part(given: Tensors, start: int, end: int) -> Tensors:
 
 
 def evaluate(impl: Any, case: Case, given: Tensors, start: int, end: int) -> tuple[tuple[Tensor, ...], Tensors]:
-    """Outputs of the tokens start .. end - 1, and every input's gradient for fixed gradients of the outputs."""
+    """Outputs of tokens start .. end - 1, and each input's gradient for fixed output gradients."""
     leaves = {name: t.detach().requires_grad_() for name, t in part(given, start, end).items()}
     outputs = case.call(impl, leaves, start)
     wanted = (make_input(B, L, *out.shape[2:], seed=20 + i).to(out)[:, start:end] for i, out in enumerate(outputs))
@@ -117,13 +117,26 @@ def check(case: Case, given: Tensors, cuts: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "native"], indirect=True)
 @pytest.mark.parametrize("name", CASES)
-def test_a_cut_sequence_is_the_whole(backend: str, name: str, dtype: torch.dtype) -> None:
+def test_a_sequence_cut_at_any_token_is_the_whole(backend: str, name: str, dtype: torch.dtype) -> None:
     given = inputs(CASES[name].names, dtype, device_of(backend))
-    every = [(cut,) for cut in range(1, L)]
-    # The interpreter takes a second for them all: single tokens put each token first, last and alone.
-    for cuts in [(6,), (5, 7), tuple(range(1, L))] if backend == "triton" else every:
-        check(CASES[name], given, cuts)
+    for cut in range(1, L):
+        check(CASES[name], given, (cut,))
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("name", CASES)
+def test_a_cut_sequence_is_the_whole_in_triton(backend: str, name: str) -> None:
+    """The interpreter is slow: a cut in a frame, a single token, half of the clip."""
+    check(CASES[name], inputs(CASES[name].names, torch.bfloat16, device_of(backend)), (5, 6))
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("name", ["residual_norm, gated, modulated", "qk_rope"])
+def test_single_tokens_are_the_whole_in_triton(backend: str, name: str) -> None:
+    """Each token is once the first of a shard, and once the last."""
+    check(CASES[name], inputs(CASES[name].names, torch.float32, device_of(backend)), tuple(range(1, L)))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("residual_norm")])
@@ -151,12 +164,3 @@ def test_rotation_in_place_of_a_cut_sequence(backend: str) -> None:
         for start, end in ((0, cut), (cut, L)):
             qk_rope(ops, given | {"qkv": qkv[:, start:end]}, start, inplace=True)
         assert torch.equal(qkv, expected)
-
-
-@pytest.mark.parametrize("name", ["residual_norm, gated, modulated", "qk_rope"])
-def test_a_cut_at_every_token_in_the_interpreter(name: str) -> None:
-    pytest.importorskip("triton")
-    with ops.use("triton"):
-        given = inputs(CASES[name].names, torch.float32, device_of("triton"))
-        for cut in range(1, L):
-            check(CASES[name], given, (cut,))

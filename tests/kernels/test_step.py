@@ -1,4 +1,7 @@
-"""Guidance and the per-frame Euler step: Triton and native code against plain torch in float64, bit for bit where frozen."""
+"""Guidance and the per-frame Euler step, Triton and native, against torch in float64.
+
+Frozen frames keep their bits.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The VAE's activation: bias, residual, RMS norm over channels and SiLU, on views of windows, by every backend.
+"""The VAE's activation: bias, residual, RMS norm over channels and SiLU, by every backend.
 
-Wrong arguments: test_vae_act_arguments.py. Instruction sets, numbers of threads and wrong tensors of
-the native code itself: tests/csrc/test_native.py.
+Wrong arguments: test_vae_act_arguments.py. Instruction sets, numbers of threads and wrong tensors
+of the native code itself: tests/csrc/test_native.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE = (torch.float32, torch.bfloat16)
-# What there is besides y, for each way in which the VAE calls it, and then some.
+# What there is apart from y: each form that the VAE calls, and more.
 FORMS = (
     *("out", "bias out", "bias x r out", "r", "bias x r", "x out", "bias r out identity", "x out identity"),
     *("bias r out upsampled", "out upsampled", "bias x r upsampled", "bias x r out upsampled identity"),
@@ -53,7 +53,7 @@ def skip_unless_supported(ops_backend: str, dtype: torch.dtype) -> None:
 
 
 def buffer(shape: tuple[int, ...], dtype: torch.dtype, device: str, fill: float) -> tuple[Tensor, Tensor]:
-    """(memory, a view in its middle): neighbours on every axis are another's, and rows of channels 16 apart or more."""
+    """(memory, a view in its middle): neighbours on every axis, channel rows 16 apart or more."""
     room = [n + 2 for n in shape[:-1]] + [shape[-1] + 16]
     memory = torch.full(room, fill, dtype=dtype, device=device)
     return memory, memory[tuple(slice(1, n + 1) for n in shape[:-1])][..., 8 : 8 + shape[-1]]
@@ -66,7 +66,7 @@ def placed(values: Tensor) -> Tensor:
 
 
 def make(form: str, size: tuple[int, int, int], dtype: torch.dtype, device: str, scale: float = 1.0) -> Arguments:
-    """The inputs of `form`, by name, contiguous. gamma and bias in float32, and of the shape that the checkpoint has."""
+    """The inputs of `form`, by name, contiguous. gamma and bias in float32, shaped as stored."""
     H, W, C = size
     words = form.split()
     y_shape = (B, T, H // 2 + 1, W // 2 + 1, 4 * C) if "upsampled" in words else (B, T, H, W, C)
@@ -109,7 +109,7 @@ def run(form: str, given: Arguments, shape: tuple[int, ...]) -> None:
     check(form, given, views.get("r"), views.get("out"))
     for name, view in views.items():
         view.fill_(POISON)
-        assert bool((memory[name] == POISON).all()), f"{form}: wrote beside {name}"
+        assert bool((memory[name] == POISON).all()), f"{form}: wrote around {name}"
 
 
 @each_dtype
@@ -178,7 +178,7 @@ def test_r_takes_the_place_of_an_input(ops_backend: str, device: str, dtype: tor
 
 @each_dtype
 def test_extreme_pixels(ops_backend: str, device: str, dtype: torch.dtype) -> None:
-    """Zeros give zeros; squares that are nothing or too much in the tensors' dtype are neither in the sum."""
+    """Zeros give zeros; squares that under- or overflow in the tensors' dtype do not in the sum."""
     skip_unless_supported(ops_backend, dtype)
     big, small = {torch.float16: (6e4, 6e-8)}.get(dtype, (1e17, 1e-30))
     y = make_input(1, 1, 2, 3, 40, dtype=dtype, device=device).sign() * torch.tensor(
@@ -196,7 +196,7 @@ def test_extreme_pixels(ops_backend: str, device: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", NATIVE, ids=str)
 @pytest.mark.parametrize("gamma", [1.0, 40.0, -1000.0])
 def test_silu_over_its_range(ops_backend: str, device: str, gamma: float, dtype: torch.dtype) -> None:
-    """One channel far from the others: arguments from -sqrt(C) gamma to sqrt(C) gamma, where exp overflows too."""
+    """One channel far from the others: arguments of +-sqrt(C) gamma, where exp overflows too."""
     y = torch.linspace(-1, 1, 40 * 40, device=device).view(1, 1, 40, 1, 40).to(dtype)
     y[..., ::7] *= 30
     given = {"y": y, "gamma": torch.full((40,), gamma, device=device)}
@@ -208,7 +208,8 @@ def test_silu_over_its_range(ops_backend: str, device: str, gamma: float, dtype:
     # What SiLU makes of small and of negative arguments, too, is right in most of its digits.
     near = (exact.abs() > 1e-30) & (out.double() != 0)
     error = ((out.double() - exact) / exact)[near].abs().max()
-    # Rounding of the argument, which the exponential makes 88 times as much of, and of the result; a tenth for the rest.
+    # Rounding of the argument, 88 times as much after the exponential, and of the result; a tenth
+    # for the rest.
     assert float(error) < 88 * 4 * torch.finfo(torch.float32).eps + 1.1 * torch.finfo(dtype).eps / 2
 
 
@@ -225,7 +226,7 @@ def test_not_a_number_stays_in_its_pixel(ops_backend: str, device: str) -> None:
 
 
 def test_ties_of_the_residual(ops_backend: str, device: str) -> None:
-    """Sums of two bf16 lie half way between two others often: r goes to the even one."""
+    """Sums of two bf16 are often half way between two others: r takes the even one."""
     y = torch.arange(128, 128 + 96, device=device).to(torch.bfloat16).expand(1, 1, 4, 8, 96).contiguous()
     x = torch.full_like(y, 0.5)
     r = torch.empty_like(y)
@@ -267,7 +268,7 @@ def test_the_formula_by_hand() -> None:
 
 
 def test_phases_are_those_of_an_upsampling_convolution() -> None:
-    """Nearest upsampling and a 3 x 3 convolution are one 2 x 2 convolution with four times the channels."""
+    """Nearest upsampling and a 3 x 3 convolution are one 2 x 2 convolution of 4 * C channels."""
     x, weight = make_input(1, 5, 4, 6, dtype=torch.float64), make_input(7, 5, 3, 3, seed=1, dtype=torch.float64)
     expected = nnf.conv2d(nnf.interpolate(x, scale_factor=2), weight, padding=1)
     taps = {0: ([0], [1, 2]), 1: ([0, 1], [2])}  # of a phase: which of the three see the same low pixel
@@ -293,7 +294,7 @@ def test_many_programs(ops_backend: str, device: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("axis", [1, 3])
 @pytest.mark.parametrize("ops_backend", ["triton", "native"], indirect=True)
 def test_offsets_beyond_31_bits(ops_backend: str, device: str, axis: int) -> None:
-    """Frames, then pixels, 2^30 elements apart: 8 GiB of addresses, of which a few pages are touched."""
+    """Frames, then pixels, 2^30 elements apart: 8 GiB of addresses, few pages of them touched."""
     far = torch.empty_strided((3 * 2**30 + 4096,), (1,), dtype=torch.bfloat16, device=device)
 
     def spread(shape: tuple[int, ...], start: int) -> Tensor:
