@@ -363,11 +363,11 @@ def resources(compiled: Any) -> Resources:
 def measure(
     archs: Iterable[int] = ARCHS, models: Iterable[str] = (*MODELS, *STAGES), ops: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
-    """One record per kernel that a case launches: its name, warps and `Resources`. No ops: all.
+    """One record for each kernel of an op: what launches it first, its warps, its `Resources`. No ops: all.
 
     A case that does not compile gives a record with the compiler's `error` instead.
     """
-    wanted, found, failed = set(ops), [], []
+    wanted, found, failed, seen = set(ops), [], [], set()
     for arch, name in itertools.product(archs, models):
         model = STAGES[name] if name in STAGES else MODELS[name]
         for case in cases_of(model):
@@ -383,6 +383,9 @@ def measure(
             if not launches:
                 raise RuntimeError(f"{case.op} ({case.variant}) launched no kernel")
             for number, compiled in enumerate(dict.fromkeys(launches)):
+                if (key := (name, case.op, compiled)) in seen:  # by another variant
+                    continue
+                seen.add(key)
                 record = about | {
                     "launch": number,  # of this case
                     "kernel": compiled.metadata.name,

@@ -77,6 +77,7 @@ inline Table table(const Optional& x) {
 inline Frames frames(std::initializer_list<const Optional*> tables, const Size& size, std::int64_t tokens,
                      std::int64_t first) {
   Frames found = kOneFrame;
+  if (size.tokens == 0) tokens = 1;  // of any number, none reads a row
   for (const Optional* x : tables) {
     if (!*x) continue;
     const TensorView& rows = **x;
@@ -121,21 +122,24 @@ inline Table flat_row(const Optional& row, std::int64_t channels) {
   return {row->data(), type_of(*row), 0, 0};
 }
 
-// [B, T, H, W, C] of the given sizes and type, with a last stride of 1; an output may not be expanded memory.
-inline Pixels pixels(const Optional& x, std::initializer_list<std::int64_t> shape, Type type, bool is_output) {
-  Pixels view{};
-  if (!x) return view;
-  x->require_shape(shape);
-  require_type(*x, type);
-  x->require_unit_last_stride();
-  view.data = x->data();
-  for (int i = 0; i < 4; ++i) {
-    view.stride[i] = x->stride(i);
-    if (is_output && x->size(i) > 1 && view.stride[i] == 0) {
-      x->fail("must not be expanded memory, where several elements are one", "a stride of 0");
-    }
+// [B, T, H, W, C] of the given sizes and type, with a last stride of 1.
+inline Pixels pixels(const TensorView& x, std::initializer_list<std::int64_t> shape, Type type) {
+  x.require_shape(shape);
+  require_type(x, type);
+  x.require_unit_last_stride();
+  return {x.data(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
+}
+
+inline Pixels pixels(const Optional& x, std::initializer_list<std::int64_t> shape, Type type) {
+  return x ? pixels(*x, shape, type) : Pixels{};
+}
+
+// And not expanded memory.
+inline Pixels output_pixels(const Optional& x, std::initializer_list<std::int64_t> shape, Type type) {
+  for (int i = 0; x && i < x->ndim(); ++i) {
+    if (x->size(i) > 1 && x->stride(i) == 0) x->fail("must not be expanded memory", "a stride of 0");
   }
-  return view;
+  return pixels(x, shape, type);
 }
 
 // [B, L, H, K] as rows of width H * K: heads side by side, other strides free.

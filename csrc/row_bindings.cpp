@@ -189,46 +189,38 @@ void guided_euler_step(py::handle x_, py::handle v_, py::handle v_neg_, py::hand
   const TensorView x("x", x_), v("v", v_), dsigma("dsigma", dsigma_), out("out", out_);
   const Optional v_neg = optional("v_neg", v_neg_);
   x.require_rank(5);
-  const auto pointer = [&](const TensorView& t, Type type) {
-    t.require_shape({x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)});
-    t.require_contiguous();
-    require_type(t, type);
-    return t.data();
-  };
   const Type type = type_of(x), v_type = type_of(v);
-  const std::int64_t frames = x.size(2);
-  const GuidedEulerStep args{x.size(0) * x.size(1) * frames,
-                             frames,
-                             x.size(3) * x.size(4),
-                             pointer(x, type),
-                             pointer(v, v_type),
-                             v_neg ? pointer(*v_neg, v_type) : nullptr,
-                             pointer(out, type),
-                             type,
-                             v_type,
-                             floats(dsigma, {frames}),
+  require_type(out, type);
+  if (v_neg) require_type(*v_neg, v_type);
+  for (const TensorView* t : {&x, &v, &out, v_neg ? &*v_neg : &v}) {
+    t->require_shape({x.size(0), x.size(1), x.size(2), x.size(3), x.size(4)});
+    t->require_contiguous();
+  }
+  const std::int64_t frames = x.size(2), planes = x.size(0) * x.size(1) * frames, pixels = x.size(3) * x.size(4);
+  const void* negative = v_neg ? v_neg->data() : nullptr;
+  const GuidedEulerStep args{planes,   frames,     pixels, x.data(), v.data(),
+                             negative, out.data(), type,   v_type,   floats(dsigma, {frames}),
                              guidance};
-  if (args.pixels > 0) release_and_run(args, threads);
+  if (pixels > 0) release_and_run(args, threads);
 }
 
-void require_alike(const TensorView& x, const TensorView& other, const char* name) {
+// `other` of as many elements as x and its dtype, both contiguous.
+void* alike(const TensorView& x, const TensorView& other) {
   x.require_contiguous();
   other.require_contiguous();
-  if (other.numel() != x.numel() || type_of(other) != type_of(x))
-    throw py::value_error(std::string(name) + " must have as many elements as x, of its dtype");
+  if (other.numel() != x.numel()) other.fail("must have as many elements as x", other.shape());
+  require_type(other, type_of(x));
+  return other.data();
 }
 
 void gelu(py::handle x_, py::handle out_, int threads) {
   const TensorView x("x", x_), out("out", out_);
-  require_alike(x, out, "out");
-  release_and_run(Gelu{x.data(), out.data(), type_of(x), x.numel()}, threads);
+  release_and_run(Gelu{x.data(), alike(x, out), type_of(x), x.numel()}, threads);
 }
 
 void gelu_backward(py::handle dy_, py::handle x_, py::handle dx_, int threads) {
   const TensorView dy("dy", dy_), x("x", x_), dx("dx", dx_);
-  require_alike(x, dy, "dy");
-  require_alike(x, dx, "dx");
-  release_and_run(GeluBackward{dy.data(), x.data(), dx.data(), type_of(x), x.numel()}, threads);
+  release_and_run(GeluBackward{alike(x, dy), x.data(), alike(x, dx), type_of(x), x.numel()}, threads);
 }
 
 void linear_rows(py::handle x_, py::handle weight_, py::handle bias_, py::handle out_, int threads) {
@@ -236,45 +228,40 @@ void linear_rows(py::handle x_, py::handle weight_, py::handle bias_, py::handle
   const Optional bias = optional("bias", bias_);
   x.require_rank(2);
   weight.require_rank(2);
-  weight.require_shape({weight.size(0), x.size(1)});
+  const std::int64_t rows = x.size(0), width = x.size(1), features = weight.size(0);
+  weight.require_shape({features, width});
   weight.require_unit_last_stride();
-  LinearRows args{};
-  args.rows = x.size(0);
-  args.in = x.size(1);
-  args.features = weight.size(0);
-  args.x = floats(x, {args.rows, args.in});
-  args.weight = {weight.data(), type_of(weight), 0, weight.stride(0)};
-  if (bias) args.bias = weight_row(*bias, args.features);
-  args.out = floats(out, {args.rows, args.features});
-  release_and_run(args, threads);
+  release_and_run(LinearRows{rows, width, features, floats(x, {rows, width}),
+                             Rows{weight.data(), type_of(weight), 0, weight.stride(0)},
+                             bias ? weight_row(*bias, features) : Table{}, floats(out, {rows, features})},
+                  threads);
 }
 
 void vae_act(py::handle y_, py::handle gamma_, py::handle x_, py::handle bias_, py::handle r_, py::handle out_,
              bool silu, bool upsampled, int threads) {
-  const Optional y = optional("y", y_), x = optional("x", x_), r = optional("r", r_), out = optional("out", out_);
+  const TensorView y("y", y_);
+  const Optional x = optional("x", x_), r = optional("r", r_), out = optional("out", out_);
   const Optional gamma = optional("gamma", gamma_), bias = optional("bias", bias_);
-  require_together(y && (r || out), "y is needed, and r, out or both");
+  require_together(r || out, "r, out or both are needed");
   require_together(!out || gamma, "out needs gamma");
   const TensorView& like = out ? *out : *r;
   like.require_rank(5);
   const std::int64_t B = like.size(0), T = like.size(1), H = like.size(2), W = like.size(3), C = like.size(4);
   require_together(!upsampled || (H % 2 == 0 && W % 2 == 0), "upsampled r and out must have even H and W");
-  const Type type = type_of(*y);
-  VaeAct args{};
-  args.type = type;
-  args.silu = silu;
-  args.upsampled = upsampled;
-  args.channels = C;
-  for (int i = 0; i < 4; ++i) args.size[i] = like.size(i);
-  args.y =
-      upsampled ? pixels(y, {B, T, H / 2 + 1, W / 2 + 1, 4 * C}, type, false) : pixels(y, {B, T, H, W, C}, type, false);
-  args.x = pixels(x, {B, T, H, W, C}, type, false);
-  args.r = pixels(r, {B, T, H, W, C}, type, true);
-  args.out = pixels(out, {B, T, H, W, C}, type, true);
-  args.gamma = flat_row(gamma, C);
-  args.bias = flat_row(bias, C);
-  if (like.numel() == 0) return;
-  release_and_run(args, threads);
+  const Type type = type_of(y);
+  const std::int64_t h = upsampled ? H / 2 + 1 : H, w = upsampled ? W / 2 + 1 : W, c = upsampled ? 4 * C : C;
+  const VaeAct args{type,
+                    {B, T, H, W},
+                    C,
+                    pixels(y, {B, T, h, w, c}, type),
+                    pixels(x, {B, T, H, W, C}, type),
+                    output_pixels(r, {B, T, H, W, C}, type),
+                    output_pixels(out, {B, T, H, W, C}, type),
+                    flat_row(gamma, C),
+                    flat_row(bias, C),
+                    silu,
+                    upsampled};
+  if (like.numel() > 0) release_and_run(args, threads);
 }
 
 py::list isas() {

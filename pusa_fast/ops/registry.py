@@ -189,10 +189,6 @@ def _observed(args: Sequence[Any]) -> bool:
     return False
 
 
-def _no_derivative(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError("this op of torch.ops.pusa_fast has no derivative: call it on detached tensors")
-
-
 class Op:
     """An op as `torch.ops.pusa_fast.<name>`, whose launcher has its arguments, and then `extra`.
 
@@ -209,8 +205,8 @@ class Op:
         self.operator: Any = getattr(torch.ops.pusa_fast, self.name).default
         written = self.operator._schema.arguments
         self.written = [i for i, arg in enumerate(written) if arg.alias_info is not None and arg.alias_info.is_write]
-        self._setup: Callable[..., None] | None = None
-        self._backward: Callable[..., Any] = _no_derivative
+        self._setup: Callable[..., Any] = lambda ctx, inputs, output: None
+        self._backward: Callable[..., Any] = self._no_derivative
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(self.name, self._kernel, key)
         if self.written:
@@ -219,7 +215,7 @@ class Op:
             torch.library.register_autograd(
                 f"pusa_fast::{self.name}",
                 lambda ctx, *grads: self._backward(ctx, *grads),
-                setup_context=lambda ctx, inputs, output: self._setup and self._setup(ctx, inputs, output),
+                setup_context=lambda ctx, inputs, output: self._setup(ctx, inputs, output),
                 lib=_LIBRARY,
             )
 
@@ -227,6 +223,9 @@ class Op:
         """Decorator of what makes results without their values, from arguments without theirs."""
         torch.library.register_fake(f"pusa_fast::{self.name}", function, lib=_LIBRARY)
         return function
+
+    def _no_derivative(self, ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"no autograd formula was registered for torch.ops.pusa_fast.{self.name}: detach its inputs")
 
     def derivative(self, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
         """As torch.library.register_autograd takes them."""
