@@ -1,6 +1,8 @@
-"""The command line: parses, calls `pusa_fast.commands`, and turns every error into one line and an exit code.
+"""The command line: parses, calls `pusa_fast.commands`, and turns every error into one line and an
+exit code.
 
-Exit codes: 0 done; 2 bad input, one line on stderr; 130 interrupted; 1 a defect of this program. PUSA_FAST_DEBUG=1 shows tracebacks.
+Exit codes: 0 done; 2 bad input, one line on stderr; 130 interrupted; 1 a defect of this program.
+PUSA_FAST_DEBUG=1 shows tracebacks.
 """
 
 from __future__ import annotations
@@ -89,12 +91,12 @@ _RELIEF = {
     "text": "--dtype bfloat16",
     "encode": "--tiling auto, or a smaller --size",
     "denoise": "fewer --frames, a smaller --size, --guidance 1, or --dtype bfloat16",
-    "train": "--set accumulate=N, --set memory.offload=true, or --set parallel=fsdp on more processes; --plan says what a "
-    "step takes",
+    "train": "--set accumulate=N, --set memory.offload=true, or --set parallel=fsdp on more processes; --plan says "
+    "what a step takes",
     "decode": "--tiling auto, a smaller --size, or fewer --frames",
     "prepare": "--tiling auto, or a smaller --bucket",
-    "validation": "--set validation.num_frames=N, --set validation.width=W, --set validation.height=H smaller ones, or no "
-    "validation.samples; the steps so far are saved",
+    "validation": "--set validation.num_frames=N, --set validation.width=W, --set validation.height=H smaller ones, or "
+    "no validation.samples; the steps so far are saved",
 }
 
 
@@ -142,7 +144,8 @@ def generate(options: GenerateOptions) -> None:
 
 @command(app, PrepareOptions)
 def prepare(options: PrepareOptions) -> None:
-    """Encode clips and captions for training. Run again after a stop, it continues; report.json lists what was left out."""
+    """Encode clips and captions for training. Run again after a stop, it continues; report.json
+    lists what was left out."""
     from pusa_fast.commands.prepare import run
 
     run(options)
@@ -150,7 +153,8 @@ def prepare(options: PrepareOptions) -> None:
 
 @command(app, TrainOptions)
 def train(options: TrainOptions) -> None:
-    """Train a Pusa LoRA, or all weights, on prepared clips. Stopped or killed, the same command continues.
+    """Train a Pusa LoRA, or all weights, on prepared clips. Stopped or killed, the same command
+    continues.
 
     Several processes: torchrun --nproc-per-node 8 -m pusa_fast.cli train CONFIG.YAML
     """
@@ -161,7 +165,8 @@ def train(options: TrainOptions) -> None:
 
 @command(app, ExportOptions)
 def export(options: ExportOptions) -> None:
-    """Write a LoRA as other tools read it, from a checkpoint or a file; of a run that trains all weights, the transformer."""
+    """Write a LoRA as other tools read it, from a checkpoint or a file; of a run that trains all
+    weights, the transformer."""
     from pusa_fast.commands.export import run
 
     run(options)

@@ -11,11 +11,13 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# The share of a device's memory to plan with. The rest is for the driver, library workspaces and fragmentation.
+# The share of a device's memory to plan with. The rest is for the driver, library workspaces and
+# fragmentation.
 _USABLE = 0.8
 _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
-# Stage -> what helps when it runs out of memory, in terms of the Python API. The command line has its own words.
+# Stage -> what helps when it runs out of memory, in terms of the Python API. The command line has
+# its own words.
 _RELIEF = {
     "text": "load the model in a smaller dtype, or give prompt_embeds made elsewhere",
     "encode": "use tiling='auto' (or Tiling(mode='exact') with smaller tiles), or a smaller height and width",
@@ -31,7 +33,7 @@ _RELIEF = {
 
 
 class OutOfMemory(torch.OutOfMemoryError):
-    """Raised in place of any kind of running out of memory. `stage` is a key of the relief table."""
+    """Any kind of running out of memory. `stage` is a key of the relief table."""
 
     def __init__(self, stage: str, where: str) -> None:
         super().__init__(f"out of memory in {stage} {where}: {_RELIEF[stage]}")
@@ -40,7 +42,8 @@ class OutOfMemory(torch.OutOfMemoryError):
 
 @contextmanager
 def out_of_memory(stage: str, where: str | torch.device) -> Iterator[None]:
-    """Turn any kind of running out of memory into `OutOfMemory`; the outermost stage is named. `where`: a device, or words."""
+    """Turn any kind of running out of memory into `OutOfMemory`; the outermost stage is named.
+    `where`: a device, or words."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -50,7 +53,8 @@ def out_of_memory(stage: str, where: str | torch.device) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out. torch's CPU allocator says it in a plain RuntimeError."""
+    """Whether an error says that memory ran out. torch's CPU allocator says it in a plain
+    RuntimeError."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -59,7 +63,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """A device by name; None: a GPU where there is one. Raises ValueError for a name that torch does not know."""
+    """A device by name; None: a GPU where there is one. Raises ValueError for a name that torch
+    does not know."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -69,7 +74,8 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """As `parse_device`, and raises ValueError for a device that models do not run on, or that does not exist here."""
+    """As `parse_device`, and raises ValueError for a device that models do not run on, or that does
+    not exist here."""
     where = parse_device(device)
     if where.type not in ("cpu", "cuda"):
         raise ValueError(f"device {device} is not supported: use cpu, cuda or cuda:N")
@@ -86,7 +92,8 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory that a device has, within the limits of this container. Raises ValueError where it is unknown."""
+    """Bytes of memory that a device has, within the limits of this container. Raises ValueError
+    where it is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if not hasattr(os, "sysconf"):
@@ -99,12 +106,13 @@ def total_memory(device: torch.device) -> int:
 
 
 def usable_memory(device: torch.device) -> int:
-    """Bytes of a device to plan with: a share of all that it has, never of what happens to be free."""
+    """Bytes of a device to plan with: a share of its total memory, never of what is free."""
     return int(_USABLE * total_memory(device))
 
 
 def weight_bytes(device: torch.device, *modules: torch.nn.Module | None) -> int:
-    """Bytes of the modules' parameters and buffers on `device`, each storage once; of sharded ones this process's part."""
+    """Bytes of the modules' parameters and buffers on `device`, each storage once; of sharded ones
+    this process's part."""
     tensors = (t for m in modules if m is not None for t in (*m.parameters(), *m.buffers()) if t.device == device)
     storages = ((t.to_local() if hasattr(t, "to_local") else t).untyped_storage() for t in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -1,7 +1,8 @@
-"""Which frames of which files condition a clip, and which frames are written: decided from the options, before any model.
+"""Which frames of which files condition a clip, and which frames are written: decided from the
+options, before any model.
 
-Latents: 0 is frame 0, latent i >= 1 the k frames ending at k * i (k: the VAE's temporal factor). Clips are read at the
-written clip's own frames per second.
+Latents: 0 is frame 0, latent i >= 1 the k frames ending at k * i (k: the VAE's temporal factor).
+Clips are read at the written clip's own frames per second.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ INPUTS = tuple(name for name, o in declared(ClipOptions).items() if o.option.pan
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of the written file: the whole clip at `path`, or generated frames [start:stop], as Python slices them."""
+    """A stretch of the written file: the whole clip at `path`, or generated frames [start:stop], as
+    Python slices them."""
 
     path: str | None = None
     start: int = 0
@@ -65,12 +67,14 @@ class MediaPlan:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], fps: float) -> MediaPlan:
-        """Conditions of a clip.json; `written` may be missing. Raises ValueError naming an entry that is not understood."""
+        """Conditions of a clip.json; `written` may be missing. Raises ValueError naming an entry
+        that is not understood."""
         written = tuple(map(Part.from_json, record.get("written", [{"generated": [0, None]}])))
         return cls(tuple(condition_from_json(entry, fps) for entry in record.get("conditions", ())), written)
 
     def assemble(self, generated: Tensor, fps: float, fit: str) -> Iterator[Tensor]:
-        """Frames of the written file, one by one. Given clips keep their own frames, at the clip's rate and size."""
+        """Frames of the written file, one by one. Given clips keep their own frames, at the clip's
+        rate and size."""
         import torch
 
         from pusa_fast import video
@@ -101,10 +105,11 @@ def given_inputs(options: ClipOptions) -> list[str]:
 
 
 def plan_media(options: ClipOptions, num_frames: int, fps: float, chunk: int) -> MediaPlan:
-    """Turn the options into conditions and the parts of the written file, for a clip of `num_frames` = k*n + 1 at `fps`.
+    """Turn the options into conditions and the parts of the written file, for a clip of
+    `num_frames` = k*n + 1 at `fps`.
 
-    `chunk`: the VAE's temporal factor k. Raises ValueError for options that do not go together or cannot be read. Ranges are
-    left to `Request.check`.
+    `chunk`: the VAE's temporal factor k. Raises ValueError for options that do not go together or
+    cannot be read. Ranges are left to `Request.check`.
     """
     given = given_inputs(options)
     for name, needs in _NEEDS.items():
@@ -125,8 +130,9 @@ def plan_media(options: ClipOptions, num_frames: int, fps: float, chunk: int) ->
     if options.transition is not None:
         ends, pair = _ends(options, options.transition, latent_frames, fps, chunk)
         conditions += pair
-        # The second clip's frame 0 falls on the generated frame before the last chunk * ends. That instant is written once
-        # too, as the second clip shows it: else the motion would halt for a frame at the seam.
+        # The second clip's frame 0 falls on the generated frame before the last chunk * ends. That
+        # instant is written once too, as the second clip shows it: else the motion would halt for a
+        # frame at the seam.
         between = Part(start=chunk * (ends - 1) + 1, stop=-(chunk * ends + 1))
         first, second = map(os.path.abspath, options.transition)
         written = (Part(first), between, Part(second))
@@ -168,7 +174,8 @@ def _overlap(options: ClipOptions, path: str, num_frames: int, fps: float, chunk
     most = num_frames - chunk
     if most < 1:
         raise ValueError(
-            f"--frames {num_frames} leaves no room for an overlap and a continuation: give --extend at least {chunk + 1}"
+            f"--frames {num_frames} leaves no room for an overlap and a continuation: "
+            f"give --extend at least {chunk + 1}"
         )
     overlap = min(13, (most - 1) // chunk * chunk + 1) if options.overlap is None else options.overlap
     if overlap < 1 or (overlap - 1) % chunk:
@@ -176,7 +183,8 @@ def _overlap(options: ClipOptions, path: str, num_frames: int, fps: float, chunk
         raise ValueError(f"--overlap {overlap} is not {chunk}k+1 frames: use {below} or {below + chunk}")
     if overlap > most:
         raise ValueError(
-            f"--overlap {overlap} leaves nothing of {num_frames} frames to generate: use at most {most}, or more --frames"
+            f"--overlap {overlap} leaves nothing of {num_frames} frames to generate: "
+            f"use at most {most}, or more --frames"
         )
     latents = tuple(range((overlap - 1) // chunk + 1))
     typed = options.keep_noise
@@ -217,7 +225,8 @@ def _one_or_each(text: str | None, count: int) -> tuple[float, ...]:
 
 
 def parse_keyframe(text: str) -> tuple[str, int, float]:
-    """PATH@LATENT or PATH@LATENT:NOISE; only what follows the last @ (and : after it) is read, so paths may hold both."""
+    """PATH@LATENT or PATH@LATENT:NOISE; only what follows the last @ (and : after it) is read, so
+    paths may hold both."""
     path, at, suffix = text.rpartition("@")
     latent, _, noise = suffix.partition(":")
     if not at or not path or not re.fullmatch(r"-?\d+", latent):

@@ -1,7 +1,8 @@
 """The options of a clip and of a run: each is declared once, here, with its type, help and key.
 
-The command line builds its parser from these classes, `Request` its JSON, clip.json its fields. An option's name, with
-underscores, is its key in manifests and requests. `Option.key` is its name in `Request` and clip.json where that differs.
+The command line builds its parser from these classes, `Request` its JSON, clip.json its fields. An
+option's name, with underscores, is its key in manifests and requests. `Option.key` is its name in
+`Request` and clip.json where that differs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ GIVEN, MODEL, OUTPUT = "Given frames", "Model", "Output"
 
 @dataclass(frozen=True)
 class Option:
-    """How the command line shows an option, and its key in records. `panel`: its section of the help."""
+    """How the command line shows an option, and its key in records. `panel`: its section of the
+    help."""
 
     help: str
     metavar: str | None = None
@@ -29,7 +31,8 @@ class Option:
 
 
 def option(*about: Any, default: Any = None, **more: Any) -> Any:
-    """A field that is an option; `about` and `more`: those of `Option`. `default` MISSING: it must be given."""
+    """A field that is an option; `about` and `more`: those of `Option`. `default` MISSING: it must
+    be given."""
     return field(default=default, metadata={"option": Option(*about, **more)})
 
 

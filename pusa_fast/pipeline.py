@@ -1,6 +1,7 @@
 """The one-call API: prompt and conditions in, frames out.
 
-Shapes: T frames, F latent frames, C latent channels, H/W pixels, h/w latent size, L context rows, D text width.
+Shapes: T frames, F latent frames, C latent channels, H/W pixels, h/w latent size, L context rows, D
+text width.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ LoRAs = Mapping[Any, Any]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a request gave: `frames`, uint8 [T, H, W, 3], or `latents`, float32 [1, C, F, h, w], on the CPU; and its record.
+    """What a request gave: `frames`, uint8 [T, H, W, 3], or `latents`, float32 [1, C, F, h, w], on
+    the CPU; and its record.
 
-    `record`: `task`, the settings, `seconds` per stage, `guidance_mode`, `tokens`, `shape` of the latents, `encode_tiling`,
-    the decoder's `tiling` and its `overcompute` (multiplications in tiles over those of a whole clip).
+    `record`: `task`, the settings, `seconds` per stage, `guidance_mode`, `tokens`, `shape` of the
+    latents, `encode_tiling`, the decoder's `tiling` and its `overcompute` (multiplications in tiles
+    over those of a whole clip).
     """
 
     frames: Tensor | None
@@ -49,11 +52,13 @@ class Run:
 
 
 class Pipeline:
-    """Text and given frames to video, on one device. Threads may share one: each run has its own record.
+    """Text and given frames to video, on one device. Threads may share one: each run has its own
+    record.
 
-    Attributes: `dit`, `vae`, `text_encoder`; `geometry`; `defaults`, what None means in a request (and the model's fps);
-    `spec`, its model.json; `files`, where it was loaded from (None: built by hand); `loras`, handles by path, or by
-    (expert, path); `last_run`, the record of the run that began last.
+    Attributes: `dit`, `vae`, `text_encoder`; `geometry`; `defaults`, what None means in a request
+    (and the model's fps); `spec`, its model.json; `files`, where it was loaded from (None: built by
+    hand); `loras`, handles by path, or by (expert, path); `last_run`, the record of the run that
+    began last.
     """
 
     def __init__(
@@ -64,7 +69,8 @@ class Pipeline:
         *,
         defaults: Mapping[str, Any] = WAN_DEFAULTS,
     ) -> None:
-        """Parts by hand; without a text encoder, calls take `prompt_embeds`. Raises ValueError where dit and vae do not fit."""
+        """Parts by hand; without a text encoder, calls take `prompt_embeds`. Raises ValueError
+        where dit and vae do not fit."""
         self.geometry = Geometry.of(dit.config, vae.config)
         self.dit, self.vae, self.text_encoder = dit, vae, text_encoder
         self.defaults: dict[str, Any] = {**WAN_DEFAULTS, **defaults}
@@ -89,10 +95,12 @@ class Pipeline:
     ) -> Pipeline:
         """Load "nano" or a model directory (layouts: `weights/pretrained.py`).
 
-        `lora`: {path: strength}, or of two experts {"high": {path: strength}, "low": ..., "both": ...}; None: the model's own,
-        {}: none. `device` None: a GPU where there is one. `dtype` None: bfloat16 on a GPU, float32 on the CPU. `precision`: see
-        `load_dit`; with one, LoRAs are merged for good first. The VAE runs in `dtype` on a GPU, in float32 on the CPU.
-        Raises ValueError for a path that is not a model and for names that are unknown, before any weights are read.
+        `lora`: {path: strength}, or of two experts {"high": {path: strength}, "low": ..., "both":
+        ...}; None: the model's own, {}: none. `device` None: a GPU where there is one. `dtype`
+        None: bfloat16 on a GPU, float32 on the CPU. `precision`: see `load_dit`; with one, LoRAs
+        are merged for good first. The VAE runs in `dtype` on a GPU, in float32 on the CPU. Raises
+        ValueError for a path that is not a model and for names that are unknown, before any weights
+        are read.
         """
         from pusa_fast.attention import resolve
         from pusa_fast.model.fp8 import check_precision, quantize
@@ -155,11 +163,13 @@ class Pipeline:
         return made
 
     def run(self, request: Request | CheckedRequest, callback: sampler.Callback | None = None) -> Run:
-        """Make the clip of a request, which is checked first, or was checked for this model's geometry and defaults.
+        """Make the clip of a request, which is checked first, or was checked for this model's
+        geometry and defaults.
 
-        `callback(done, steps, latents)` runs after each step; what it raises ends the run and reaches the caller.
-        Raises ValueError for anything that cannot work, before the first model runs; FileNotFoundError for missing media;
-        OutOfMemory (a torch.OutOfMemoryError) naming the option that helps.
+        `callback(done, steps, latents)` runs after each step; what it raises ends the run and
+        reaches the caller. Raises ValueError for anything that cannot work, before the first model
+        runs; FileNotFoundError for missing media; OutOfMemory (a torch.OutOfMemoryError) naming the
+        option that helps.
         """
         checked = request.check(self.geometry, self.defaults) if isinstance(request, Request) else request
         self._check_texts(checked)
@@ -167,8 +177,8 @@ class Pipeline:
         overcompute = self.vae.runner("decode").overcompute(checked.latent_shape[-2:], decode_tiling)
         tokens = math.prod(checked.latent_shape[-3:]) // math.prod(self.geometry.patch)
         record: dict[str, Any] = {
-            "task": checked.plan.task, **asdict(checked.settings), "encode_tiling": encode_tiling, "tiling": decode_tiling,
-            "overcompute": round(overcompute, 3), "tokens": tokens, "shape": list(checked.latent_shape), "seconds": {},
+            "task": checked.plan.task, **asdict(checked.settings), "encode_tiling": encode_tiling,
+            "tiling": decode_tiling, "overcompute": round(overcompute, 3), "tokens": tokens, "shape": list(checked.latent_shape), "seconds": {},
         }  # fmt: skip
         self.last_run = record
         with self._stage("text", record):
@@ -188,7 +198,8 @@ class Pipeline:
             return Run(stages.decode(self.vae, checked, latents, decode_tiling), None, record)
 
     def _check_texts(self, checked: CheckedRequest) -> None:
-        """Raises ValueError where there is text and nothing to encode it, or a request checked for another model."""
+        """Raises ValueError where there is text and nothing to encode it, or a request checked for
+        another model."""
         if replace(checked.geometry, text_len=0) != replace(self.geometry, text_len=0):
             raise ValueError(
                 f"this request was checked for {checked.geometry}, the model has {self.geometry}: check it again"
@@ -205,7 +216,8 @@ class Pipeline:
             )
 
     def _tilings(self, checked: CheckedRequest) -> tuple[Tiling | None, Tiling | None]:
-        """The encoder's and the decoder's tiles, None: whole, or not run. "auto" counts the weights of all parts."""
+        """The encoder's and the decoder's tiles, None: whole, or not run. "auto" counts the weights
+        of all parts."""
         tiling = checked.request.tiling
         if isinstance(tiling, str) and tiling in TILINGS:
             tiling = TILINGS[tiling]

@@ -1,6 +1,8 @@
-"""A request for one clip: what the command line, `Pipeline`, training previews, manifests and servers all make.
+"""A request for one clip: what the command line, `Pipeline`, training previews, manifests and
+servers all make.
 
-Imports no torch: a request is built and checked where no model is loaded. Shapes: L context rows, D text width.
+Imports no torch: a request is built and checked where no model is loaded. Shapes: L context rows, D
+text width.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ if TYPE_CHECKING:
 class Request:
     """One clip to make. None: the model's own default.
 
-    Give `prompt`, or `prompt_embeds` [L, D] or [1, L, D], used as they are; likewise the negatives, which are ignored when
-    `guidance_scale` is 1. `fit` (crop, pad, stretch): for media of another size. `tiling` of the VAE: None or "whole",
-    "auto" (whole where the device's total memory allows it), "exact", "feather", or a Tiling. `output`: "frames" or "latents".
+    Give `prompt`, or `prompt_embeds` [L, D] or [1, L, D], used as they are; likewise the negatives,
+    which are ignored when `guidance_scale` is 1. `fit` (crop, pad, stretch): for media of another
+    size. `tiling` of the VAE: None or "whole", "auto" (whole where the device's total memory allows
+    it), "exact", "feather", or a Tiling. `output`: "frames" or "latents".
     """
 
     prompt: str | None = None
@@ -51,7 +54,8 @@ class Request:
     output: str = "frames"
 
     def check(self, geometry: Geometry, defaults: Mapping[str, Any]) -> CheckedRequest:
-        """Everything that can be known without weights: settings, conditions, the shapes of embeddings; media are opened.
+        """Everything that can be known without weights: settings, conditions, the shapes of
+        embeddings; media are opened.
 
         Raises ValueError for anything that cannot work, FileNotFoundError for missing media.
         """
@@ -76,7 +80,8 @@ class Request:
         return CheckedRequest(self, geometry, settings, plan, tuple(opened), context, negative)
 
     def to_json(self) -> dict[str, Any]:
-        """What was given, under the options' names. Raises ValueError for what only a program can give."""
+        """What was given, under the options' names. Raises ValueError for what only a program can
+        give."""
         if unnamed := [name for name in ("prompt_embeds", "negative_prompt_embeds") if getattr(self, name) is not None]:
             raise ValueError(f"{unnamed[0]} cannot be written as JSON: give text")
         if not isinstance(self.tiling, (str, type(None))):
@@ -86,7 +91,8 @@ class Request:
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> Request:
-        """The request that `to_json` wrote. Raises ValueError for an unknown key or a value of another type."""
+        """The request that `to_json` wrote. Raises ValueError for an unknown key or a value of
+        another type."""
         keys = {name: key for key, (name, _) in FIELDS.items()}
         if unknown := sorted(set(given) - {*keys, "conditions"}):
             raise ValueError(f"unknown key {unknown[0]!r}: use {', '.join(keys)} or conditions")
@@ -101,7 +107,8 @@ class Request:
 class CheckedRequest:
     """A request that has passed every check that needs no model, resolved for one geometry.
 
-    `context`, `negative`: text, or embeddings [1, L, D]; `negative` None: no guidance. `media`: one for each of `plan.media`.
+    `context`, `negative`: text, or embeddings [1, L, D]; `negative` None: no guidance. `media`: one
+    for each of `plan.media`.
     """
 
     request: Request
@@ -143,7 +150,8 @@ def _fields() -> dict[str, tuple[str, tuple[type, ...]]]:
     return {**found, "height": ("height", (int,)), "width": ("width", (int,)), "seed": ("seed", (int,))}
 
 
-# Field of a request -> its key in JSON, which is the option's name, and the types of its value there.
+# Field of a request -> its key in JSON, which is the option's name, and the types of its value
+# there.
 FIELDS: Mapping[str, tuple[str, tuple[type, ...]]] = MappingProxyType(_fields())
 
 
@@ -155,9 +163,11 @@ def check_json(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
 
 
 def condition_to_json(condition: Condition) -> dict[str, Any]:
-    """A condition on a file, as in clip.json: one latent as plain numbers, several as lists; what is None is left out.
+    """A condition on a file, as in clip.json: one latent as plain numbers, several as lists; what
+    is None is left out.
 
-    An entry without `source` is a picture. Raises ValueError for media that are not files, and for a slice.
+    An entry without `source` is a picture. Raises ValueError for media that are not files, and for
+    a slice.
     """
     media, latent, source = condition.media, condition.latent, condition.source
     if isinstance(media, (str, os.PathLike)):
@@ -171,7 +181,8 @@ def condition_to_json(condition: Condition) -> dict[str, Any]:
 
 
 def condition_from_json(entry: Any, fps: float | None = None) -> Condition:
-    """The condition of a clip.json's entry; clips are resampled to `fps`. Raises ValueError naming what is wrong with it."""
+    """The condition of a clip.json's entry; clips are resampled to `fps`. Raises ValueError naming
+    what is wrong with it."""
     known = {"path", "latent", "noise", "source", "last_frames"}
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or set(entry) - known:
         optional = ", ".join(sorted(known - {"path"}))

@@ -1,7 +1,8 @@
-"""The four stages of a clip, as functions over the models: encode text, encode media, denoise, decode.
+"""The four stages of a clip, as functions over the models: encode text, encode media, denoise,
+decode.
 
-`Pipeline` runs them one after another. Shapes: T frames, F latent frames, C latent channels, H/W pixels, h/w latent size,
-L context rows, D text width.
+`Pipeline` runs them one after another. Shapes: T frames, F latent frames, C latent channels, H/W
+pixels, h/w latent size, L context rows, D text width.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def denoise(
     mode: str,
     callback: sampler.Callback | None = None,
 ) -> Tensor:
-    """Latents [1, C, F, h, w], float32 on the model's device. `mode`: see `sampler.guidance_mode`."""
+    """Latents [1, C, F, h, w], float32 on the model's device. `mode`: `sampler.guidance_mode`'s."""
     settings, plan = checked.settings, checked.plan
     schedule = lift(sigma_grid(settings.steps, settings.shift), plan.multipliers, settings.compat)
     noise = conditioning.initial_noise(settings.seed, checked.latent_shape).to(dit.device)

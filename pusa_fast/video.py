@@ -126,12 +126,6 @@ def read_video(
     return torch.from_numpy(np.stack(kept))
 
 
-def check_whole(path: PathLike) -> None:
-    """Decode a file to its end. Raises as `iter_video` where it is damaged or ends early."""
-    for _ in lazy_frames(path):
-        pass
-
-
 def _pictures(folder: PathLike) -> list[Path]:
     """The PNGs of a folder, sorted by the numbers in their names."""
     found = [

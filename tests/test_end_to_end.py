@@ -1,4 +1,5 @@
-"""Whole runs against those recorded from the reference implementation, and proof that a broken step would be seen."""
+"""Whole runs against those recorded from the reference implementation, and proof that a broken step
+would be seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What works on a machine with torch and little else: packages are imported only by what needs them."""
+"""What works on a machine with torch and little else: packages are imported only by what needs
+them."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import pusa_fast
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = ("av", "ftfy", "pydantic", "diffusers", "peft", "accelerate", "typer", "rich")
-# What these packages are for: the command line, settings of a training run and the loop that writes them down.
+# What these packages are for: the command line, settings of a training run and the loop that writes
+# them down.
 NEED_THEM = ("pusa_fast.cli", "pusa_fast.commands", "pusa_fast.training.config", "pusa_fast.training.trainer")
 BENCH = ("ops", "attention", "dit", "vae", "e2e")
 

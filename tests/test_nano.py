@@ -59,7 +59,8 @@ def test_the_same_call_gives_the_same_bytes(nano: Pipeline) -> None:
 
 
 def test_the_lora_is_what_makes_image_to_video_work(nano: Pipeline) -> None:
-    """Base without LoRA: clearly further from the true continuation (docs/nano.md has the intervals)."""
+    """Base without LoRA: clearly further from the true continuation (docs/nano.md has the
+    intervals)."""
     generator = torch.Generator().manual_seed(7)
     scenes = [sprites.draw_scene(generator, held_out=True) for _ in range(3)]
     base = Pipeline.from_pretrained("nano", lora={}, device="cpu")

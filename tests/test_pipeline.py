@@ -84,7 +84,8 @@ def changed(folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], obj
     return copy
 
 
-# ---- calls -----------------------------------------------------------------------------------------------------------
+# ---- calls
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_text_to_video_with_the_models_own_defaults(pipe: Pipeline) -> None:
@@ -219,7 +220,8 @@ def test_tiling_reaches_both_ends_of_the_vae(pipe: Pipeline, monkeypatch: pytest
 
 
 def test_auto_tiling_counts_with_the_weights_of_all_parts(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole where the decoder's peak fits beside every part's weights; tiles below; an error before anything runs."""
+    """Whole where the decoder's peak fits beside every part's weights; tiles below; an error before
+    anything runs."""
     assert pipe.text_encoder is not None
     parts = (pipe.dit, pipe.vae, pipe.text_encoder.model)
     weights = weight_bytes(pipe.device, *parts)
@@ -274,7 +276,8 @@ def test_a_pipeline_of_two_experts(pipe: Pipeline) -> None:
     assert torch.equal(pair("a red circle", output="latents"), pipe("a red circle", output="latents"))
 
 
-# ---- what is refused, before any model runs --------------------------------------------------------------------------
+# ---- what is refused, before any model runs
+# --------------------------------------------------------------------------
 
 LONG = np.zeros((9, 32, 48, 3), np.uint8)
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -363,7 +366,8 @@ def test_without_text_encoder(pipe: Pipeline) -> None:
     assert bare(prompt_embeds=torch.zeros(3, 16), guidance_scale=1, **given).shape == (5, 32, 48, 3)
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------------
+# ---- loading
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_nano_layout(pipe: Pipeline, nano_like: Path) -> None:

@@ -1,4 +1,5 @@
-"""A request without a model: what it checks, its JSON, and that it needs no torch. Runs on one pipeline keep apart."""
+"""A request without a model: what it checks, its JSON, and that it needs no torch. Runs on one
+pipeline keep apart."""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ def test_what_json_cannot_hold(given: dict[str, Any], message: str) -> None:
         Request(**given).to_json()
 
 
-# ---- runs on one pipeline --------------------------------------------------------------------------------------------
+# ---- runs on one pipeline
+# --------------------------------------------------------------------------------------------
 
 PROMPTS = [f"a {colour} {shape} moves left" for colour in ("red", "blue") for shape in ("circle", "square")]
 

@@ -22,8 +22,21 @@ _.assert_within_budget  # testing
 _.relative_error
 _.make_input
 
+_.last_run  # Pipeline
+# Read through dataclasses.fields, or by unpacking.
+_.quick  # commands.bench
+_.provider
+_.random_weights
+_.y_BLD  # model.dit.Pending
+_.gate_BFD
+# Launchers that an Op finds by name.
+_.gelu_  # native.rows
+_.gelu_forward
+_.gelu_backward
+
 # Names that a library gives meaning to.
 _.standalone_mode  # click.Group.main
+_.__signature__  # Typer reads it
 _.types  # TorchDispatchMode.__torch_dispatch__
 _.model_config  # pydantic.BaseModel
 _.formatwarning  # warnings

@@ -1,4 +1,5 @@
-"""`pusa-fast bench`: measurements, from a checkout. Its options are parsed here, since nothing but them is in the package.
+"""`pusa-fast bench`: measurements, from a checkout. Its options are parsed here, since nothing but
+them is in the package.
 
 stdout ends with one JSON document; everything else goes to stderr.
 """
@@ -113,7 +114,7 @@ _KINDS: dict[str, tuple[type[Common], str]] = {
     "e2e": (EndToEnd, "Whole runs with their stages, and forwards next to the roofline."),
     "train": (
         Train,
-        "A step of LoRA training: on the CPU nano next to the reference's formulation, on a GPU the 14B model at rank 512.",
+        "A step of LoRA training: on the CPU nano next to the reference's formulation, on a GPU 14B at rank 512.",
     ),
     "numerics": (Common, "What bf16 and fp8 cost in accuracy against float32, on nano."),
 }
@@ -175,10 +176,12 @@ def load(name: str) -> Any:
 
 
 def checkout() -> Path:
-    """The folder that holds the package and bench/. Raises ValueError where the package was installed without it."""
+    """The folder that holds the package and bench/. Raises ValueError where the package was
+    installed without it."""
     root = Path(pusa_fast.__file__).resolve().parents[1]
     if not (root / "bench" / "harness.py").is_file():
         raise ValueError(
-            f"the installed package ({root / 'pusa_fast'}) carries no bench: run it from a checkout of the repository, installed with pip install -e ."
+            f"the installed package ({root / 'pusa_fast'}) carries no bench: run it from a "
+            "checkout of the repository, installed with pip install -e ."
         )
     return root

@@ -28,7 +28,8 @@ SHEET_FRAMES = 64  # kept of a written file for its contact sheet
 
 
 def run(options: GenerateOptions) -> None:
-    """Make the clips. Raises ValueError, OSError or torch.OutOfMemoryError; what was finished by then stays."""
+    """Make the clips. Raises ValueError, OSError or torch.OutOfMemoryError; what was finished by
+    then stays."""
     job = prepare(options)
     typer.echo(_summary(job))
     for medium, needed in zip(job.request.media, job.request.plan.frames_needed, strict=True):
@@ -70,7 +71,8 @@ def _make(job: Job, pipe: Pipeline, target: Target, hashes: record.Hashes, secon
     found = hashes.result()
     start = time.perf_counter()
     thinned = Thinned(job.media.assemble(done.frames, job.fps, request.settings.fit))
-    # All three are complete before the first is renamed, and the record, which speaks of the others, comes last.
+    # All three are complete before the first is renamed, and the record, which speaks of the
+    # others, comes last.
     with video.staged(target.record) as note, video.staged(target.sheet) as sheet, video.staged(target.clip) as clip:
         video.encode_video(clip, target.clip, thinned, job.fps)
         video.contact_sheet(thinned.kept()).save(sheet, format="PNG")
@@ -85,7 +87,8 @@ def _make(job: Job, pipe: Pipeline, target: Target, hashes: record.Hashes, secon
 
 
 class Thinned:
-    """Passes frames on, hashes them, and keeps evenly spaced ones for a contact sheet: a long file need not stay in memory."""
+    """Passes frames on, hashes them, and keeps evenly spaced ones for a contact sheet: a long file
+    need not stay in memory."""
 
     def __init__(self, frames: Iterator[Tensor], limit: int = SHEET_FRAMES) -> None:
         self._frames, self._limit, self._stride = frames, limit, 1
@@ -124,7 +127,8 @@ def _record(
     frames: str,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """Every setting under the key by which `prepare` reads it again, then what else is known of the run."""
+    """Every setting under the key by which `prepare` reads it again, then what else is known of the
+    run."""
     settings = asdict(job.request.settings)
     del settings["output"]
     return {

@@ -1,4 +1,4 @@
-"""What `pusa-fast generate` was asked for, checked as far as it can be without reading any weights."""
+"""What `pusa-fast generate` was asked for, checked as far as possible without any weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from pusa_fast.sampling import task
 from pusa_fast.weights.lora import resolve_experts
 from pusa_fast.weights.pretrained import ModelFiles, find_model, model_geometry
 
-# Where a dictionary says the choices of an option of a record; the command line knows them from the options' types.
+# Where a dictionary says the choices of an option of a record; the command line knows them from the
+# options' types.
 _CHOICES: Mapping[str, Collection[str]] = {
     "tiling": TILINGS, "dtype": DTYPES, "precision": get_args(declared(GenerateOptions)["precision"].kind),
 }  # fmt: skip
@@ -38,7 +39,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything about a call that is known before the model is loaded. `request` has the first seed. Fields as in clip.json."""
+    """Everything about a call that is known before the model is loaded. `request` has the first
+    seed. Fields as in clip.json."""
 
     request: CheckedRequest
     model: str
@@ -56,7 +58,8 @@ class Job:
 
 
 def prepare(options: GenerateOptions) -> Job:
-    """Check the options against each other, the record of --from, the model's defaults and the files. No weights are read."""
+    """Check the options against each other, the record of --from, the model's defaults and the
+    files. No weights are read."""
     known = {} if options.from_ is None else record.read(options.from_)
 
     def chosen(name: str, default: Any = None) -> Any:
@@ -132,7 +135,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_seeds(texts: list[str]) -> list[int]:
-    """Seeds from options that may each hold several, separated by commas. Raises ValueError for one that is repeated or not a number."""
+    """Seeds from options that may each hold several, separated by commas. Raises ValueError for one
+    that is repeated or not a number."""
     items = [item.strip() for text in texts for item in text.split(",")]
     if wrong := [item for item in items if not re.fullmatch(r"\d{1,19}", item)]:
         raise ValueError(f"--seed {wrong[0]} is not a seed: give whole numbers from 0, such as --seed 1,2,3")
@@ -143,7 +147,8 @@ def parse_seeds(texts: list[str]) -> list[int]:
 
 
 def parse_loras(texts: list[str]) -> dict[str, Any]:
-    """{path: strength} of PATH or PATH:STRENGTH each; {"high": {path: strength}, ...} of those behind high=, low= or both=.
+    """{path: strength} of PATH or PATH:STRENGTH each; {"high": {path: strength}, ...} of those
+    behind high=, low= or both=.
 
     "none" stands for no LoRA at all. Only a number after the last colon is a strength.
     """
@@ -169,7 +174,8 @@ def parse_loras(texts: list[str]) -> dict[str, Any]:
 
 
 def _checked(lora: Any, files: ModelFiles) -> Mapping[str, Any] | None:
-    """`lora` as `parse_loras` gives it, or as recorded, checked against the model's networks; its files must exist."""
+    """`lora` as `parse_loras` gives it, or as recorded, checked against the model's networks; its
+    files must exist."""
     if lora is None:
         return None
     groups = [files for files in lora.values() if isinstance(files, dict)] if isinstance(lora, dict) else [lora]
@@ -188,7 +194,8 @@ def lora_files(lora: Mapping[str, Any] | None) -> list[str]:
 
 
 def _targets(out: str, seeds: list[int], fps: float, overwrite: bool, media: MediaPlan) -> Iterator[Target]:
-    """Files for each seed. Raises ValueError or an OSError where one cannot be written, or must not be."""
+    """Files for each seed. Raises ValueError or an OSError where one cannot be written, or must not
+    be."""
     folder = "/" if out.endswith("/") or os.path.isdir(out) else ""
     stem, suffix = (out.rstrip("/"), folder) if folder else os.path.splitext(out)
     if not os.path.basename(stem):

@@ -1,4 +1,5 @@
-"""Typer commands built from the classes of `pusa_fast.options`: one declaration gives the parser and the help."""
+"""Typer commands built from the classes of `pusa_fast.options`: one declaration gives the parser
+and the help."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {int: whole, float: number}
 def command(
     app: typer.Typer, options: type, **settings: Any
 ) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Make a function of an instance of `options` a command of `app`, with its name and docstring."""
+    """Make a function of an `options` instance a command of `app`, with its name and docstring."""
 
     def register(run: Callable[[Any], None]) -> Callable[[Any], None]:
         def fill(**given: Any) -> None:

@@ -11,7 +11,8 @@ from pusa_fast.options import PrepareOptions, declared
 
 
 def run(options: PrepareOptions) -> None:
-    """Prepare the clips. Raises ValueError, OSError or torch.OutOfMemoryError; complete shards stay."""
+    """Prepare the clips. Raises ValueError, OSError or torch.OutOfMemoryError; complete shards
+    stay."""
     from pusa_fast.data.prepare import REPORT, prepare
     from pusa_fast.model.vae.tiling import TILINGS
 

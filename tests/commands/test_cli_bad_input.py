@@ -1,4 +1,5 @@
-"""Bad input: exit code 2, one line that names the value, no traceback, no file; known before the model is loaded."""
+"""Bad input: exit code 2, one line that names the value, no traceback, no file; known before the
+model is loaded."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def write_inputs(folder: Path) -> None:
-    """Files that the commands below name: whole ones, damaged ones, and a model that lacks a tensor."""
+    """Files that the commands below name: whole ones, damaged ones, and a model that lacks a
+    tensor."""
     frames = torch.randint(0, 256, (9, 64, 64, 3), dtype=torch.uint8)
     video.write_video(folder / "nine.mp4", frames, fps=8)
     data = (folder / "nine.mp4").read_bytes()
@@ -378,7 +380,8 @@ def test_debugging_shows_the_traceback(here: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_program_answers_in_one_line(here: Path) -> None:
-    """As its own process: neither warnings nor a traceback join the answer, and a defect is one line too."""
+    """As its own process: neither warnings nor a traceback join the answer, and a defect is one
+    line too."""
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     defect = "import sys, pusa_fast.cli as c; c.app = 3; sys.argv = ['pusa-fast']; c.main()"
     commands = [["-m", "pusa_fast.cli", *GENERATE, "--frames", "16"], ["-c", defect]]

@@ -247,7 +247,8 @@ def test_extension_goes_on_from_the_last_frames(model: Path, here: Path) -> None
     pipe = Pipeline.from_pretrained(model)
     made = pipe("a red circle", conditions=[Condition(frames[-9:], (0, 1, 2), (0.0, 0.3, 0.4))])
     assert torch.equal(long[21:], made[9:])
-    # A clip of twice the rate is brought to the clip's own; the default overlap is 13 frames, its noise the table's.
+    # A clip of twice the rate is brought to the clip's own; the default overlap is 13 frames, its
+    # noise the table's.
     assert run("a red circle", "--model", model, "--extend", "twice.mp4", "--out", "clip.gif").exit_code == 0
     assert len(video.read_video("clip.gif", fps=FPS)) == 21 + 17 - 13
     assert json.loads((here / "clip.json").read_text())["conditions"][0]["noise"] == [0.0, 0.3, 0.4, 0.5]
@@ -281,7 +282,8 @@ def test_transition_joins_two_clips(model: Path, here: Path) -> None:
     assert record["task"] == "transition"
     given = [Condition(first[-5:], (0, 1)), Condition(second[:9], (-2, -1), source=(1, 2))]
     made = Pipeline.from_pretrained(model)("a red circle", conditions=given, num_frames=25)
-    # Generated frames 0-4 are the first clip's last five; 17-24 are frames 1-8 of the second, so that 16 is its frame 0.
+    # Generated frames 0-4 are the first clip's last five; 17-24 are frames 1-8 of the second, so
+    # that 16 is its frame 0.
     assert torch.equal(video.read_video("joined"), torch.cat([first, made[5:16], second]))
     assert run("--from", "joined.json", "--out", "again/").exit_code == 0
     assert torch.equal(video.read_video("again"), video.read_video("joined"))

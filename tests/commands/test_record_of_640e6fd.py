@@ -1,4 +1,5 @@
-"""clip.json as 640e6fd wrote it: `--from` reads it, and gives the same clip where the same weights run on a like CPU."""
+"""clip.json as 640e6fd wrote it: `--from` reads it, and gives the same clip where the same weights
+run on a like CPU."""
 
 from __future__ import annotations
 
