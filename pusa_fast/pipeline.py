@@ -178,7 +178,8 @@ class Pipeline:
         tokens = math.prod(checked.latent_shape[-3:]) // math.prod(self.geometry.patch)
         record: dict[str, Any] = {
             "task": checked.plan.task, **asdict(checked.settings), "encode_tiling": encode_tiling,
-            "tiling": decode_tiling, "overcompute": round(overcompute, 3), "tokens": tokens, "shape": list(checked.latent_shape), "seconds": {},
+            "tiling": decode_tiling, "overcompute": round(overcompute, 3), "tokens": tokens,
+            "shape": list(checked.latent_shape), "seconds": {},
         }  # fmt: skip
         self.last_run = record
         with self._stage("text", record):

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from pusa_fast import attention, video
@@ -25,6 +25,10 @@ from pusa_fast.weights.pretrained import ModelFiles, find_model, model_geometry
 _CHOICES: Mapping[str, Collection[str]] = {
     "tiling": TILINGS, "dtype": DTYPES, "precision": get_args(declared(GenerateOptions)["precision"].kind),
 }  # fmt: skip
+
+
+# Options that a request passes on as they are.
+_SETTINGS = {field.name for field in fields(task.Settings)} - {"seed"}
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,11 @@ def prepare(options: GenerateOptions) -> Job:
     files = find_model(model)
     width, height = (known.get("width"), known.get("height")) if options.size is None else parse_size(options.size)
     seeds = [known.get("seed", 0)] if options.seed is None else parse_seeds(options.seed)
-    settings = {
-        "num_frames": chosen("frames"), "height": height, "width": width, "steps": chosen("steps"),
-        "guidance_scale": chosen("guidance"), "shift": chosen("shift"), "compat": chosen("compat", "reference"),
-        "fit": chosen("fit", "crop"),
-    }  # fmt: skip
+    wanted = {
+        option.key: chosen(option.name) for option in declared(GenerateOptions).values() if option.key in _SETTINGS
+    }
+    wanted |= {"height": height, "width": width}
+    settings = {key: value for key, value in wanted.items() if value is not None}
     geometry = model_geometry(files)
     for seed in seeds:
         resolved = task.settings(
