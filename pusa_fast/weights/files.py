@@ -99,7 +99,7 @@ def open_source(source: StateSource, places: Places) -> Source:
         found, about = open_file(file)
         twice = sorted(tensors.keys() & found.keys())
         if twice:
-            raise ValueError(f"{file}: {listing(twice)} also stand in another shard: give the shards of one model only")
+            raise ValueError(f"{file}: {listing(twice)} are in another shard, too: give the shards of one model only")
         tensors |= found
         metadata = about | metadata
     if not tensors:

@@ -196,7 +196,7 @@ def _alpha(
     rank = _by_pattern(settings.get("rank_pattern"), written, settings.get("r"))
     if rank is not None and rank != parts["A"].shape[0]:
         raise ValueError(
-            f"{label}: {module} has rank {parts['A'].shape[0]}, but the adapter_config.json beside it says {rank}: "
+            f"{label}: {module} has rank {parts['A'].shape[0]}, but the adapter_config.json next to it says {rank}: "
             "it belongs to another LoRA, move the file away from it"
         )
     alpha = _by_pattern(settings.get("alpha_pattern"), written, settings.get("lora_alpha"))
