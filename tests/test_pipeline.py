@@ -448,12 +448,12 @@ def test_not_a_model(tmp_path: Path) -> None:
     looked = (
         r"looked in it for model\.json, model_index\.json, Wan2\.1_VAE\.pth, Wan2\.1_VAE\.safetensors; or give \"nano\""
     )
-    with pytest.raises(ValueError, match=rf"\(a directory\) is no model: {looked}"):
+    with pytest.raises(ValueError, match=rf"\(a directory\) is not a model: {looked}"):
         find_model(tmp_path)
-    with pytest.raises(ValueError, match=rf"nowhere \(missing\) is no model: {looked}"):
+    with pytest.raises(ValueError, match=rf"nowhere \(missing\) is not a model: {looked}"):
         find_model(tmp_path / "nowhere")
     (tmp_path / "weights.bin").touch()
-    with pytest.raises(ValueError, match=r"weights\.bin \(a file\) is no model"):
+    with pytest.raises(ValueError, match=r"weights\.bin \(a file\) is not a model"):
         find_model(tmp_path / "weights.bin")
     (tmp_path / "high_noise_model").mkdir()
     with pytest.raises(ValueError, match=r"each expert of Wan2\.2 is a transformer"):

@@ -1,1 +1,1 @@
-"""Training on the same model, ops and weights that inference uses, and the procedural data it can learn from."""
+"""Training, on the same model, ops and weights that inference uses."""

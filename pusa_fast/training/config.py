@@ -1,26 +1,33 @@
-"""The settings of a training run: YAML or keyword arguments in, checked values out, saved with the run.
+"""The settings of a training run: YAML or keyword arguments in, checked values out.
 
-Defaults are Pusa's published recipe (spec section 5.3): rank 512 on q, k, v, o and the feed-forward, AdamW at 1e-5, every
-frame at a level of its own, 900 steps of 8 clips.
+They are saved with the run. Defaults are Pusa's published recipe (spec section 5.3): rank 512 on q,
+k, v, o and the feed-forward, AdamW at 1e-5, a level for every frame, 900 steps of 8 clips.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pusa_fast.device import default_dtype
 from pusa_fast.model.linear import LORA_INITS, LORA_TARGETS
 from pusa_fast.training.fafm import WEIGHTINGS
 from pusa_fast.training.ptss import LEVELS, TimestepSampling
+from pusa_fast.weights.pretrained import ModelFiles, find_model
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+AboveZero = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 class _Part(BaseModel):
@@ -28,8 +35,11 @@ class _Part(BaseModel):
 
 
 class Data(_Part):
-    """`path`: a folder of `pusa-fast prepare`. The last `validation_clips` of it are never trained on. `same_encoders` False: do not
-    ask that the clips were made by the very files of the model's VAE and text encoder (the same weights in another layout)."""
+    """`path`: a folder of `pusa-fast prepare`. Its last `validation_clips` are never trained on.
+
+    `same_encoders` False: do not require that the clips were made by exactly the model's VAE and
+    text encoder files (for the same weights in another layout).
+    """
 
     path: Path
     caption_dropout: Share = 0.0
@@ -38,51 +48,57 @@ class Data(_Part):
 
 
 class LoRA(_Part):
-    """`alpha` None: the rank, scale 1. `start`: a LoRA file of the same rank and targets to go on from."""
+    """`alpha` None: the rank (scale 1). `start`: a LoRA of this rank and targets to start from."""
 
     rank: Positive = 512
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: AboveZero | None = None
     targets: tuple[str, ...] = LORA_TARGETS
     init: Literal[tuple(LORA_INITS)] = "kaiming"  # type: ignore[valid-type]
     start: Path | None = None
 
 
 class Objective(_Part):
-    """Noise levels (paper section 3.2, `training.ptss`) and the loss's weighting (`training.fafm.WEIGHTINGS`)."""
+    """Noise levels (paper section 3.2, `training.ptss`) and the loss's weighting (see `fafm`)."""
 
-    p_async: Annotated[float, Field(ge=0, le=1)] = 1.0
+    p_async: Probability = 1.0
     first_frame_clean: bool = False
     levels: Literal[LEVELS] = "reference"  # type: ignore[valid-type]
-    shift: Annotated[float, Field(gt=0)] | None = None  # None: the model's own
+    shift: AboveZero | None = None  # None: the model's own
     weighting: Literal[tuple(WEIGHTINGS)] = "reference"  # type: ignore[valid-type]
 
 
 class Optim(_Part):
-    """`warmup_steps` from 0 to `lr`, then constant, or half a cosine down to `final_lr` x lr. `muon`: see `training.optim`."""
+    """The rate rises to `lr` in `warmup_steps`, then stays, or falls to `final_lr` x lr (cosine).
+
+    `muon`: see `training.optim`.
+    """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-5
+    lr: AboveZero = 1e-5
     betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    muon_lr: Annotated[float, Field(gt=0)] | None = None
+    eps: AboveZero = 1e-8
+    weight_decay: NotNegative = 0.01
+    muon_lr: AboveZero | None = None
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Count = 0
-    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    final_lr: Probability = 0.0
+    clip_norm: AboveZero | None = None
     ema_decay: Share | None = None
 
 
 class Memory(_Part):
-    """What a block's backward pass finds saved. "attention": its input and the results of attention; "block": its input alone,
-    so that attention runs twice; "none": everything. `offload`: inputs wait in host memory."""
+    """What a block keeps for its backward pass.
+
+    "attention": its input and the results of attention; "block": its input only, so that attention
+    runs twice; "none": everything. `offload`: inputs wait in host memory.
+    """
 
     checkpointing: Literal["none", "block", "attention"] = "attention"
     offload: bool = False
 
 
 class Checkpoints(_Part):
-    """Every `every` steps (0: at the end only); the last `keep` stay, and the best by validation loss."""
+    """Every `every` steps (0: at the end only). The last `keep` and the best by validation stay."""
 
     every: Count = 100
     keep: Positive = 3
@@ -97,8 +113,11 @@ class Sample(_Part):
 
 
 class Validation(_Part):
-    """Every `every` steps (0: never; None: with the checkpoints, the last one at least, where there is something to look at): the loss on held-out clips at
-    fixed levels and noise, and `samples` as clips and a sheet, of the size given (None: that of the largest training clip)."""
+    """Loss on held-out clips at fixed levels and noise, and `samples` as clips and a contact sheet.
+
+    Every `every` steps (0: never; None: with the checkpoints, at least the last one, if there is
+    anything to do). Sizes None: those of the largest training clip.
+    """
 
     every: Count | None = None
     samples: tuple[Sample, ...] = ()
@@ -106,11 +125,11 @@ class Validation(_Part):
     height: Positive | None = None
     num_frames: Positive | None = None
     steps: Positive | None = None
-    guidance_scale: Annotated[float, Field(ge=0)] | None = None
+    guidance_scale: NotNegative | None = None
 
 
 class Logging(_Part):
-    """metrics.jsonl has every step; a line on the terminal every `every`. `wandb`: a project's name."""
+    """metrics.jsonl has every step, the terminal one in `every`. `wandb`: a project's name."""
 
     every: Positive = 10
     tensorboard: bool = False
@@ -118,13 +137,13 @@ class Logging(_Part):
 
 
 class TrainConfig(_Part):
-    """One run. `out`: its folder; `steps`: optimiser steps; `batch_size`: clips a step, over all processes and parts.
+    """One run. `out`: its folder; `steps`: optimiser steps; `batch_size`: clips per step in total.
 
-    `accumulate`: how many parts of a batch go through the model one after the other; None: as few as keep a part to 40,000 tokens, so
-    single clips at 480p.
-
-    `model`: "nano" or a model's folder; `dit`: another transformer than that folder's, such as one of Wan2.2's experts. `lora` None: full fine-tuning, with float32 masters. `dtype` of the frozen base, or of
-    the products in full fine-tuning (None: bfloat16 on a GPU, float32 on the CPU).
+    `accumulate`: how many parts of a batch go through the model one after the other; None: as few
+    as keep a part to 40,000 tokens, so one clip at 480p. `model`: "nano" or a model's folder;
+    `dit`: a transformer in place of that folder's, such as one of Wan2.2's experts. `lora` None:
+    full fine-tuning, with float32 masters. `dtype`: of the frozen base, or of the matmuls in full
+    fine-tuning (None: bfloat16 on a GPU, float32 on the CPU).
     """
 
     data: Data
@@ -150,9 +169,8 @@ class TrainConfig(_Part):
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
         if self.accumulate is not None and self.batch_size % self.accumulate:
-            raise ValueError(
-                f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}: change one of them"
-            )
+            sizes = f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+            raise ValueError(f"{sizes}: change one of them")
         if self.optim.schedule == "cosine" and self.optim.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.optim.warmup_steps} leaves nothing of {self.steps} steps: lower it")
         if self.optim.name == "muon" and self.lora is not None:
@@ -160,6 +178,16 @@ class TrainConfig(_Part):
         if self.memory.offload and self.memory.checkpointing == "none":
             raise ValueError("memory.offload moves what checkpoints keep: set checkpointing to attention or block")
         return self
+
+    def files(self) -> ModelFiles:
+        """The model's files, with `dit` in place of its transformer. Raises as `find_model`."""
+        files = find_model(self.model)
+        return files if self.dit is None else replace(files, dit=self.dit)
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """`dtype`, or the default of the device."""
+        found: torch.dtype = default_dtype(device) if self.dtype is None else getattr(torch, self.dtype)
+        return found
 
     @property
     def validate_every(self) -> int:
@@ -169,31 +197,16 @@ class TrainConfig(_Part):
         return (self.checkpoints.every or self.steps) if self.validation.samples or self.data.validation_clips else 0
 
     def sampling(self, shift: float) -> TimestepSampling:
-        """How levels are drawn; `shift` where the objective names none."""
+        """How levels are drawn; `shift` is used where the objective has none."""
         chosen = self.objective
         return TimestepSampling(chosen.p_async, chosen.first_frame_clean, chosen.levels, chosen.shift or shift)
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint depends on: settings that may not change between its steps and those after it.
+        """Settings that must be the same for all steps of a run: what a checkpoint depends on.
 
-        Not where files lie: the trainer adds what is in them, and the dtype it came to.
+        Paths are left out: the trainer adds hashes of the files, and the dtype that was used.
         """
-        where = (
-            "out",
-            "model",
-            "dit",
-            "device",
-            "dtype",
-            "attention",
-            "parallel",
-            "memory",
-            "checkpoints",
-            "validation",
-            "logging",
-            "accumulate",
-        )
-        free: dict[str, Any] = dict.fromkeys(where, True)
-        free["data"] = {"path", "same_encoders"}
+        free: dict[str, Any] = {**dict.fromkeys(_FREE, True), "data": {"path", "same_encoders"}}
         if self.lora is not None:
             free["lora"] = {"start"}
         if self.optim.schedule == "constant":
@@ -201,10 +214,17 @@ class TrainConfig(_Part):
         return self.model_dump(mode="json", exclude=free)
 
 
-def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A YAML file, then `a.b=value` overrides (values in YAML), the last one winning. Paths are relative to where one stands.
+_FREE = (
+    "out", "model", "dit", "device", "dtype", "attention", "parallel", "memory", "checkpoints", "validation", "logging",
+    "accumulate",
+)  # fmt: skip
 
-    Raises FileNotFoundError; ValueError that names every setting that is wrong.
+
+def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A YAML file, then `a.b=value` overrides (values in YAML); the last one wins.
+
+    Paths are relative to the current folder. Raises FileNotFoundError, or ValueError that names
+    every wrong setting.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -215,7 +235,7 @@ def load_config(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
 
 
 def parse_config(values: Mapping[str, Any], label: str = "the settings") -> TrainConfig:
-    """`TrainConfig` from plain values. Raises ValueError that names every setting that is wrong."""
+    """`TrainConfig` from plain values. Raises ValueError that names every wrong setting."""
     try:
         return TrainConfig.model_validate({str(name): value for name, value in values.items()})
     except ValidationError as error:
@@ -233,7 +253,10 @@ def dump_config(config: TrainConfig) -> str:
 
 
 class _AsTyped(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML whose plain words stay text, but for null: 007 and 2026-11-27 are names of folders too. pydantic knows which are numbers."""
+    """YAML whose plain words stay text, except null: 007 and 2026-11-27 are names of folders too.
+
+    pydantic knows which are numbers.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, Any]]]] = {
         first: [(tag, pattern) for tag, pattern in entries if tag.endswith((":null", ":merge"))]
@@ -245,7 +268,7 @@ def _mapping(text: bytes, label: str) -> dict[str, Any]:
     try:
         found = yaml.load(text, Loader=_AsTyped) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{label} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{label} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{label} holds a {type(found).__name__}: it must map settings to values")
     return found
@@ -254,7 +277,7 @@ def _mapping(text: bytes, label: str) -> dict[str, Any]:
 def _set(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise ValueError(f"--set {override} is no setting: write such as optim.lr=1e-5")
+        raise ValueError(f"--set {override} is not a setting: write it as optim.lr=1e-5")
     *parents, last = name.split(".")
     for parent in parents:
         inner = values.get(parent)

@@ -1,14 +1,15 @@
-"""Which clips, levels and noise a step sees: a function of the store, the seed and the step's number, and of nothing else.
+"""The clips, levels and noise of a step: a function of the store, the seed and the step's number.
 
-So a resumed run, or one on another number of processes, sees what it would have seen. Shapes: B clips, C latent channels,
-F latent frames, h/w latent pixels, L text rows, D text width.
+So a resumed run, or one on another number of processes, sees the same. Shapes: B clips, C latent
+channels, F latent frames, h/w latent pixels, L text rows, D text width.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,7 +22,10 @@ from pusa_fast.training.ptss import TimestepSampling
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Clips of one shape. latents, noise [B, C, F, h, w] float32; sigma [B, F] float32; context [B, L, D]; `clips`: what they are."""
+    """Clips of one shape: what they are, and tensors of them.
+
+    latents, noise [B, C, F, h, w] float32; sigma [B, F] float32; context [B, L, D].
+    """
 
     latents: Tensor
     noise: Tensor
@@ -31,18 +35,17 @@ class Batch:
 
 
 class ClipOrder:
-    """Batches of clip numbers, all of one shape, for ever: `batches(step)` gives those of that step and after.
+    """Endless batches of clip numbers, each of one shape; `batches(step)` starts at that step.
 
-    Each shape's clips are gone through in a new random order each time; a step takes one shape, as often as it has clips.
+    The clips of a shape are shuffled again after each pass. A step takes one shape, in proportion
+    to its number of clips.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], batch_size: int, seed: int) -> None:
         if not shapes:
             raise ValueError("there are no clips to train on: prepare some, or lower validation_clips")
         self.batch_size, self.seed = batch_size, seed
-        self._groups: dict[tuple[int, ...], list[int]] = {}
-        for index, shape in enumerate(shapes):
-            self._groups.setdefault(tuple(shape), []).append(index)
+        self._groups = _by_shape(dict(enumerate(shapes)))
 
     def batches(self, step: int = 0) -> Iterator[list[int]]:
         choose = random.Random(f"{self.seed}/shape")
@@ -68,10 +71,10 @@ class ClipOrder:
 PART_TOKENS = 40_000
 
 
-def auto_parts(batch_size: int, world: int, latents: tuple[int, ...]) -> int:
-    """Parts of a batch that keep each within `PART_TOKENS` for clips [C, F, h, w] of patches of 2x2, or hold one clip."""
+def auto_parts(batch_size: int, world: int, latents: tuple[int, ...], patch: tuple[int, int, int]) -> int:
+    """Parts of a batch: each within `PART_TOKENS`, or one clip. `latents` of one: [C, F, h, w]."""
     own = max(1, batch_size // world)
-    fit = max(1, PART_TOKENS * 4 // (latents[1] * latents[2] * latents[3]))
+    fit = max(1, PART_TOKENS * math.prod(patch) // math.prod(latents[1:]))
     return own // max(d for d in range(1, own + 1) if own % d == 0 and d <= fit)
 
 
@@ -103,9 +106,10 @@ def load_batch(
 
 
 class TrainingData:
-    """The training clips of one process. `parts(step)` is what the main loop asks: its share of a step's batch, in `accumulate` parts.
+    """The training clips of one process. `steps`: its share of each batch, in `accumulate` parts.
 
-    Clip i of a step's batch goes to part i // (batch_size / accumulate), and there to the process of its place.
+    Clip i of a step's batch goes to part i // (batch_size / accumulate), and in it to the process
+    of its place. `accumulate` None: as `auto_parts` for the largest clip and the model's `patch`.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class TrainingData:
         *,
         batch_size: int,
         accumulate: int | None = None,
+        patch: tuple[int, int, int],
         seed: int,
         caption_dropout: float = 0.0,
         held_out: int = 0,
@@ -122,20 +127,17 @@ class TrainingData:
         world: int = 1,
     ) -> None:
         if held_out >= len(store):
-            raise ValueError(
-                f"validation_clips {held_out} leaves none of {len(store)} clips to train on: lower it, or prepare more"
-            )
+            left = f"validation_clips {held_out} leaves none of {len(store)} clips to train on"
+            raise ValueError(f"{left}: lower it, or prepare more")
         chosen = training_clips(store, held_out)
         if accumulate is None:
-            accumulate = auto_parts(
-                batch_size, world, max((store.clips[i].shape for i in chosen), key=lambda s: s[1] * s[2] * s[3])
-            )
-        if batch_size % (accumulate * world):
-            raise ValueError(
-                f"a batch of {batch_size} clips cannot be shared by {world} processes in {accumulate} parts: make batch_size a multiple of {accumulate * world}"
-            )
+            largest = max((store.clips[i].shape for i in chosen), key=lambda shape: math.prod(shape[1:]))
+            accumulate = auto_parts(batch_size, world, largest, patch)
+        if batch_size % (shares := accumulate * world):
+            wrong = f"a batch of {batch_size} clips cannot be shared by {world} processes in {accumulate} parts"
+            raise ValueError(f"{wrong}: make batch_size a multiple of {shares}")
         if caption_dropout:
-            _ = store.empty_text  # now rather than at the first caption that is dropped
+            _ = store.empty_text  # raises now rather than at the first caption that is dropped
         self.store, self.sampling, self.seed, self.caption_dropout = store, sampling, seed, caption_dropout
         self.accumulate, self.rank, self.share = accumulate, rank, batch_size // (accumulate * world)
         self._part = batch_size // accumulate
@@ -143,7 +145,7 @@ class TrainingData:
         self._order = ClipOrder([store.clips[i].shape for i in chosen], batch_size, seed)
 
     def steps(self, start: int) -> Generator[list[Batch]]:
-        """Each step's parts from step `start` on; the next step's are read while the caller works on this one's."""
+        """Each step's parts, from step `start`; the next step's are read while the caller works."""
         indices = enumerate(self._order.batches(start), start)
         with ThreadPoolExecutor(1) as pool:
             waiting: Future[list[Batch]] = pool.submit(self._load, *next(indices))
@@ -157,19 +159,16 @@ class TrainingData:
         for part in range(self.accumulate):
             first = part * self._part + self.rank * self.share
             places = range(first, first + self.share)
-            labels = [(self.seed, "step", step, place) for place in places]
-            parts.append(
-                load_batch(
-                    self.store, [self._chosen[picked[p]] for p in places], labels, self.sampling, self.caption_dropout
-                )
-            )
+            clips, labels = [self._chosen[picked[p]] for p in places], [(self.seed, "step", step, p) for p in places]
+            parts.append(load_batch(self.store, clips, labels, self.sampling, self.caption_dropout))
         return parts
 
 
 def training_clips(store: LatentStore, held_out: int) -> list[int]:
-    """All clips but the last `held_out`, and but those of the same films as these: windows of a film overlap.
+    """All clips but the last `held_out`, and but windows of their videos: windows overlap.
 
-    A film is known by its own hash and by that of the reference's tensors of it. Raises ValueError where that leaves no clip.
+    A video is known by its own hash and by that of the reference's tensors of it. Raises ValueError
+    where no clip is left.
     """
     first = len(store) - held_out
     films = [
@@ -180,9 +179,8 @@ def training_clips(store: LatentStore, held_out: int) -> list[int]:
         before, seen = seen, seen.union(*(own for own in films[:first] if own & seen))
     chosen = [i for i in range(first) if not films[i] & seen]
     if not chosen:
-        raise ValueError(
-            f"all {len(store)} clips are held out, or cut from files that are: lower validation_clips, or prepare more files"
-        )
+        held = f"all {len(store)} clips are held out, or cut from files that are"
+        raise ValueError(f"{held}: lower validation_clips, or prepare more files")
     return chosen
 
 
@@ -194,13 +192,20 @@ def validation_batches(
     seed: int,
     mine: Callable[[int], bool] = lambda _: True,
 ) -> Iterator[Batch]:
-    """The last `count` clips at levels and noise that never change, in batches of one shape; of batch number n only where `mine(n)`."""
-    start, groups = len(store) - count, dict[tuple[int, ...], list[int]]()
-    for index in range(start, len(store)):
-        groups.setdefault(store.clips[index].shape, []).append(index)
-    batches = [
-        members[at : at + batch_size] for members in groups.values() for at in range(0, len(members), batch_size)
-    ]
+    """The last `count` clips in batches of one shape, at levels and noise that never change.
+
+    Batch number n only where `mine(n)`.
+    """
+    start = len(store) - count
+    groups = _by_shape({i: store.clips[i].shape for i in range(start, len(store))})
+    batches = (clips[at : at + batch_size] for clips in groups.values() for at in range(0, len(clips), batch_size))
     for number, chosen in enumerate(batches):
         if mine(number):
             yield load_batch(store, chosen, [(seed, "validation", i - start) for i in chosen], sampling, 0.0)
+
+
+def _by_shape(shapes: Mapping[int, tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, shape in shapes.items():
+        groups.setdefault(tuple(shape), []).append(index)
+    return groups

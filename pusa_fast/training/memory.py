@@ -1,7 +1,8 @@
-"""What the backward pass of a block finds saved, and where it waits.
+"""What a block keeps for its backward pass, and where that waits.
 
-Under "attention" a checkpointed block keeps its input and the results of attention with their log-sum-exp, so that the
-backward pass repeats the products but never attention, which is half of the work or more (docs/training.md).
+Under "attention" a checkpointed block keeps its input and the results of attention with their
+log-sum-exp, so the backward pass repeats the matmuls but never attention, which is half of the work
+or more (docs/training.md).
 """
 
 from __future__ import annotations
@@ -16,22 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import pusa_fast.attention  # noqa: F401 (registers torch.ops.pusa_fast.flash_attention)
+import pusa_fast.attention.flash  # noqa: F401 (registers torch.ops.pusa_fast.flash_attention)
 from pusa_fast.model.dit import Block, WanDiT
 
 Run = Callable[..., Any]
 
-# Operators that compute attention and its log-sum-exp. torch's own that this build lacks are left out.
-_ATTENTION = tuple(
-    packet.default
-    for namespace, name in (
-        ("pusa_fast", "flash_attention"),
-        ("aten", "_scaled_dot_product_flash_attention"),
-        ("aten", "_scaled_dot_product_flash_attention_for_cpu"),
-        ("aten", "_scaled_dot_product_efficient_attention"),
-        ("aten", "_scaled_dot_product_cudnn_attention"),
-    )
-    if (packet := getattr(getattr(torch.ops, namespace), name, None)) is not None
+# Operators that compute attention and its log-sum-exp. torch's own may be missing from a build.
+_SDPA = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+_ATTENTION = (
+    torch.ops.pusa_fast.flash_attention.default,
+    *(op.default for name in _SDPA if (op := getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None))),
 )
 
 
@@ -51,16 +46,17 @@ MODES: dict[str, Run | None] = {
 
 
 def save_memory(dit: WanDiT, mode: str, offload: bool = False) -> None:
-    """Set how every block of `dit` is run under autograd: a name of `MODES`; `offload`: block inputs wait in host memory.
+    """Set how the blocks of `dit` run under autograd: a name of `MODES`.
 
-    Raises ValueError for an unknown mode, or offload without checkpointing.
+    `offload`: block inputs wait in host memory. Raises ValueError for an unknown mode, or offload
+    without checkpointing.
     """
     if mode not in MODES:
         raise ValueError(f"checkpointing {mode!r} is unknown: choose one of {', '.join(MODES)}")
     run = MODES[mode]
-    if offload and run is None:
-        raise ValueError("offload moves what checkpoints keep: set checkpointing to attention or block")
-    if offload and run is not None:
+    if offload:
+        if run is None:
+            raise ValueError("offload moves what checkpoints keep: set checkpointing to attention or block")
         run = functools.partial(Offload(dit.device).run, run)
     for block in dit.blocks:
         assert isinstance(block, Block)
@@ -69,23 +65,22 @@ def save_memory(dit: WanDiT, mode: str, offload: bool = False) -> None:
 
 @dataclass(eq=False)
 class _Parked:
-    """A tensor of block `block` (counted as they run) on its way to the host, there, or on its way back."""
+    """A tensor of block `block` (in running order) on its way to the host, there, or back."""
 
     host: Tensor
     device: torch.device
     block: int
     back: Tensor | None = None
-    ready: Any = (
-        None  # the event after its copy back: to wait for the stream would be to wait for the next block's copies too
-    )
+    ready: Any = None  # the event after its copy back; the stream itself also copies for the next block
     used: bool = False
     shape: torch.Size | None = None  # on meta, where there is nothing to copy
 
 
 class Offload:
-    """Copies what a checkpoint keeps to pinned host memory while the next block computes, and back one block ahead of its use.
+    """Copies what a checkpoint keeps to pinned host memory while the next block computes.
 
-    On the CPU the copies are plain. Written for CUDA streams; docs/performance.md says whether it has run on one.
+    It comes back one block before its use. On the CPU the copies are plain. Written for CUDA
+    streams; docs/performance.md says whether it has run on one.
     """
 
     def __init__(self, device: torch.device, smallest: int = 1 << 25) -> None:

@@ -1,4 +1,4 @@
-"""What a run measures of itself: a line of metrics.jsonl per step, and TensorBoard or Weights & Biases where asked for."""
+"""What a run measures: a line of metrics.jsonl per step, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,33 +21,22 @@ if TYPE_CHECKING:
     from pusa_fast.training.config import TrainConfig
 
 METRICS = "metrics.jsonl"
-LEVEL_EDGES = (0.25, 0.5, 0.75)  # of the quarters of noise levels that errors are reported by
+LEVEL_EDGES = (0.25, 0.5, 0.75)  # between the quarters of noise levels that errors are reported for
 # Dense bf16 TFLOP/s of a device whose name contains this.
 PEAK_TFLOPS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "H800": 989,
-    "B200": 2250,
-    "A100": 312,
-    "A800": 312,
-    "4090": 165,
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "B200": 2250, "A100": 312, "A800": 312, "4090": 165,
     "L40S": 362,
-}
+}  # fmt: skip
 
 
 class Metrics:
-    """Writes rows {"step": n, ...}. `start`: the step a resumed run goes on from; rows after it are of the killed run and go."""
+    """Writes rows {"step": n, ...}. `start`: where a run resumes; later rows are dropped."""
 
     def __init__(self, config: TrainConfig, start: int) -> None:
         self.path = config.out / METRICS
         if self.path.exists():
-            rows = [
-                line
-                for line in self.path.read_text().splitlines()
-                if _step(line) is not None and (_step(line) or 0) <= start
-            ]
-            write_text(self.path, "".join(f"{row}\n" for row in rows))
+            steps = ((line, _step(line)) for line in self.path.read_text().splitlines())
+            write_text(self.path, "".join(f"{line}\n" for line, step in steps if step is not None and step <= start))
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _tensorboard(config.out) if config.logging.tensorboard else None
         self._wandb = _wandb(config, start) if config.logging.wandb else None
@@ -71,23 +60,25 @@ class Metrics:
 
 
 def read_metrics(out: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a run; a line that a kill cut short is left out."""
+    """The rows of a run, without a line that a kill cut short."""
     lines = (Path(out) / METRICS).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if _step(line) is not None]
 
 
 def check_loggers(config: TrainConfig) -> None:
-    """Raises ValueError where a logger that was asked for is not installed."""
+    """Raises ValueError where a logger is set but not installed."""
     wanted = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb is not None}
     for package, asked in wanted.items():
         if asked and importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"logging.{package} is set, but {package} is not installed: pip install {package}, or leave it out"
-            )
+            missing = f"logging.{package} is set, but {package} is not installed"
+            raise ValueError(f"{missing}: pip install {package}, or leave it out")
 
 
 def level_errors(sigma: Tensor, errors: Tensor) -> Tensor:
-    """Sums and counts [2, 4] of frame errors [B, F] by the quarter of (0, 1] that their level lies in; level 0 counts nowhere."""
+    """Sums and counts [2, 4] of frame errors [B, F] by the quarter of (0, 1] of their level.
+
+    Frames at level 0 do not count.
+    """
     edges = torch.tensor(LEVEL_EDGES, device=sigma.device)
     quarter = torch.bucketize(sigma, edges).flatten()
     seen = (sigma > 0).flatten().double()
@@ -106,7 +97,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes so far: of the allocator on a GPU, of the whole process on the CPU (0 where the system does not say)."""
+    """Peak bytes so far: of the allocator on a GPU, of the process on the CPU (0 if unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -132,6 +123,6 @@ def _wandb(config: TrainConfig, start: int) -> Any:
     where = config.out.resolve()
     run_id = f"{where.name}-{hashlib.sha256(str(where).encode()).hexdigest()[:8]}"
     return importlib.import_module("wandb").init(
-        project=config.logging.wandb, name=where.name, id=run_id, dir=str(config.out), resume="allow" if start else None,
-        config=config.model_dump(mode="json"),
+        project=config.logging.wandb, name=where.name, id=run_id, dir=str(config.out),
+        resume="allow" if start else None, config=config.model_dump(mode="json"),
     )  # fmt: skip

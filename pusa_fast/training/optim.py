@@ -18,38 +18,28 @@ _MUON_NOT = ("head.head", "norm", "modulation")
 
 
 def build_optimizers(named: Mapping[str, nn.Parameter], config: Optim) -> list[torch.optim.Optimizer]:
-    """AdamW over all parameters; or Muon over hidden matrices (Jordan 2024, updates scaled to AdamW's) and AdamW over the rest."""
+    """AdamW on all parameters; or Muon on hidden matrices, and AdamW on the rest.
+
+    Muon: Jordan 2024, its updates scaled to AdamW's.
+    """
     groups = dict(named)
     optimizers: list[torch.optim.Optimizer] = []
     if config.name == "muon":
         hidden = hidden_matrices(named)
         groups = {n: p for n, p in groups.items() if n not in hidden}
-        optimizers.append(
-            torch.optim.Muon(
-                hidden.values(),
-                lr=config.muon_lr or config.lr,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-    optimizers.append(
-        torch.optim.AdamW(
-            groups.values(),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-    )
+        lr, decay = config.muon_lr or config.lr, config.weight_decay
+        muon = torch.optim.Muon(hidden.values(), lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    given = config.model_dump(include={"lr", "betas", "eps", "weight_decay"})
+    optimizers.append(torch.optim.AdamW(groups.values(), **given, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]  # before a checkpoint puts the rate of its step there
+            group["initial_lr"] = group["lr"]  # before a checkpoint replaces "lr" by the rate of its step
     return optimizers
 
 
 def hidden_matrices(named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """What Muon takes: matrices that map one hidden state to another."""
+    """Parameters for Muon: matrices that map one hidden state to another."""
     return {
         n: p
         for n, p in named.items()
@@ -58,7 +48,7 @@ def hidden_matrices(named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter
 
 
 def rate(step: int, steps: int, config: Optim) -> float:
-    """Factor of the learning rate at `step` (from 0) of `steps`: linear warm-up, then the schedule."""
+    """Factor on the learning rate at `step` (from 0) of `steps`: warm-up, then the schedule."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -68,21 +58,24 @@ def rate(step: int, steps: int, config: Optim) -> float:
 
 
 def set_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
-    """Multiply every group's own learning rate, kept as `initial_lr`."""
+    """Set every group's learning rate to `initial_lr` times a factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
 
 def clip(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
-    """The norm of all gradients together, which are scaled to `limit` where it is larger (None: left as they are)."""
+    """The norm of all gradients together, which are scaled down to `limit` (None: never)."""
     if limit is None:
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return nn.utils.clip_grad_norm_(parameters, limit)
 
 
 class Average:
-    """An exponential moving average of parameters: a += (1 - decay) (p - a) after each step, faster while there were few."""
+    """An exponential moving average of parameters: a += (1 - decay) (p - a) after each step.
+
+    In the first steps the decay is smaller.
+    """
 
     def __init__(self, named: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay

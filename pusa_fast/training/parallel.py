@@ -1,4 +1,4 @@
-"""One process or many: torchrun's environment, DDP (replicas) or FSDP2 (shards), and sums over processes."""
+"""One process or many: torchrun's environment, DDP (replicas), FSDP2 (shards), sums."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class World:
         return found
 
     def first_does(self, action: Callable[[], None]) -> None:
-        """The first process does it while the others wait. Raises, in all of them, its ValueError or OSError."""
+        """The first process does it, the others wait. Its ValueError or OSError rises in all."""
         failed: Exception | None = None
         if self.is_first:
             try:
@@ -65,7 +65,7 @@ class World:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """The world that torchrun started this process in, left at the end; alone where it was started by hand."""
+    """The processes that torchrun started, joined until the end of the block; alone without it."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World(device)
@@ -78,7 +78,7 @@ def joined(device: torch.device) -> Iterator[World]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     begun = not dist.is_initialized()
-    if begun:  # one process writes exports alone, tens of gigabytes, while the others wait
+    if begun:  # the others wait while one process writes exports of tens of gigabytes
         dist.init_process_group(BACKENDS[device.type], timeout=timedelta(hours=2))
     try:
         yield World(device, dist.get_rank(), dist.get_world_size())
@@ -88,14 +88,15 @@ def joined(device: torch.device) -> Iterator[World]:
 
 
 def distribute(dit: WanDiT, strategy: str, world: World, dtype: torch.dtype | None) -> Callable[..., Tensor]:
-    """What to call in place of `dit` in training. `strategy`: "ddp", "fsdp", or "auto", which is ddp.
+    """What to call in place of `dit` in training. `strategy`: "ddp", "fsdp", or "auto" (ddp).
 
-    fsdp shards every block, in place. `dtype`: of float32 parameters while they are gathered (None: as they are).
+    fsdp shards every block, in place. `dtype`: of float32 parameters while they are gathered
+    (None: unchanged).
     """
     if world.size == 1:
         return dit
     if strategy == "fsdp":
-        # Inputs stay as they are: timesteps, modulation and rotary tables are float32 for a reason.
+        # Inputs are not cast: timesteps, modulation and rotary tables need float32.
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         dit.closed_blocks = True
         for block in dit.blocks:
@@ -106,7 +107,7 @@ def distribute(dit: WanDiT, strategy: str, world: World, dtype: torch.dtype | No
 
 
 def accumulating(model: Any, last: bool) -> AbstractContextManager[Any]:
-    """Gradients are summed over processes in the last part of a step only."""
+    """Sum gradients over processes only in the last part of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         return nullcontext()
@@ -117,9 +118,10 @@ def accumulating(model: Any, last: bool) -> AbstractContextManager[Any]:
 
 @contextmanager
 def gathered(dit: nn.Module) -> Iterator[None]:
-    """What an FSDP model has outside its blocks, whole, for calls that are no forward pass of it. Blocks gather themselves.
+    """Gather what an FSDP model has outside its blocks, for calls other than its forward pass.
 
-    To be left after every use of averaged weights: what was gathered of them is dropped here.
+    Blocks gather themselves. Leave this after each use of averaged weights, which drops what was
+    gathered of them.
     """
     if not isinstance(dit, FSDPModule):
         yield

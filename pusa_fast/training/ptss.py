@@ -1,7 +1,8 @@
-"""Which noise level each frame of a training clip gets: probabilistic timestep sampling (arXiv 2507.16116, PTSS).
+"""The noise level of each frame of a training clip: probabilistic timestep sampling.
 
-With probability `p_async` every frame has a level of its own, else the clip has one for all. The published recipe is p_async = 1 over
-the 1000 levels of the shifted grid (docs/reference.md, 5.2).
+arXiv 2507.16116, PTSS: with probability `p_async` every frame draws its own level, else the clip
+draws one for all. The published recipe is p_async = 1 over the 1000 levels of the shifted grid
+(docs/reference.md, 5.2).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ LEVELS = ("reference", "continuous")
 
 @dataclass(frozen=True)
 class TimestepSampling:
-    """`levels`: "reference" draws from the 1000 levels of the training grid, "continuous" from (0, 1] through the same shift.
+    """`levels`: "reference" draws from the training grid's 1000 levels, "continuous" from (0, 1].
 
-    `first_frame_clean`: frame 0 is at level 0, as a given picture is; the reference never does that.
-    Raises ValueError for a probability outside [0, 1], unknown levels, or a shift that is not a positive number.
+    Both go through `shift`. `first_frame_clean`: frame 0 is at level 0, as a given picture is; the
+    reference never does that. Raises ValueError for a probability outside [0, 1], unknown levels,
+    or a shift that is not a positive number.
     """
 
     p_async: float = 1.0
@@ -43,26 +45,23 @@ class TimestepSampling:
         check_shift(self.shift)
 
     def draw(self, frames: int, generator: torch.Generator) -> Tensor:
-        """Levels [frames], float32 in [0, 1], of one clip, on the generator's device.
+        """Levels [frames] of one clip, float32 in [0, 1], on the generator's device.
 
-        Takes the same random numbers whatever the settings are but `levels`: the coin, then a level for each frame, of which
-        the first serves all where the coin says so. Raises ValueError for fewer than one frame, or where the only one would be
-        clean.
+        Settings other than `levels` do not change the random numbers taken: the coin, then a level
+        per frame, the first of which serves all if the coin says so. Raises ValueError for fewer
+        than one frame, or where the only one would be clean.
         """
         if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
             raise ValueError(f"frames must be a whole number of at least 1; got {frames!r}")
         if self.first_frame_clean and frames == 1:
-            raise ValueError(
-                "first_frame_clean leaves nothing to learn in a clip of one latent frame: give longer clips, or turn it off"
-            )
+            nothing = "first_frame_clean leaves nothing to learn in a clip of one latent frame"
+            raise ValueError(f"{nothing}: give longer clips, or turn it off")
         device = generator.device
-        asynchronous = (
-            float(torch.rand((), generator=generator, device=device)) < self.p_async
-        )  # never at 0, always at 1
+        asynchronous = float(torch.rand((), generator=generator, device=device)) < self.p_async  # 0: never, 1: always
         if self.levels == "reference":
             ids = torch.randint(STEPS, (frames,), generator=generator, device=device)
             sigma = sigma_grid(STEPS, self.shift)[:-1].to(device)[ids]
-        else:  # 1 - u: pure noise belongs to training, a clean frame has nothing to teach
+        else:  # 1 - u: includes pure noise, but not clean frames, of which nothing can be learnt
             sigma = shifted(1 - torch.rand(frames, generator=generator, device=device), self.shift)
         if not asynchronous:
             sigma = sigma[:1].repeat(frames)

@@ -1,9 +1,11 @@
-"""A run's checkpoints: complete folders or none, the last few and the best, readable by any number of processes.
+"""A run's checkpoints: complete folders, the last few and the best, for any number of processes.
 
-    checkpoints/step-000100/   torch.distributed.checkpoint's files (parameters that train, optimisers, averages), state.json
+    checkpoints/step-000100/   files of torch.distributed.checkpoint (what trains, optimisers,
+                               averages), state.json
 
-A folder is written as `step-000100.part` and renamed. torch.distributed.checkpoint keeps its table of contents as a pickle: go
-on only from folders of your own; what is passed around is what `pusa-fast export` writes.
+A folder is written as `step-000100.part` and renamed. torch.distributed.checkpoint keeps its table
+of contents as a pickle: go on only from folders of your own. To pass weights on, use
+`pusa-fast export`.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ _NAME = re.compile(r"step-(\d{6,})$")
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 _NO_ROOM = {
     errno.ENOSPC: "the disk is full: make room", errno.EDQUOT: "the disk's quota is used up: make room",
-    errno.EFBIG: "a file may not be as large as this here: raise ulimit -f, or take another file system",
+    errno.EFBIG: "a file may not be as large as this here: raise ulimit -f, or use another file system",
 }  # fmt: skip
 
 
 class Checkpoints:
-    """Those of the run in `out`. `identity`: what they depend on; one of another identity is refused."""
+    """The checkpoints of the run in `out`. One of another `identity` is refused."""
 
     def __init__(self, out: Path, identity: Mapping[str, Any], keep: int, world: World) -> None:
         self.folder, self.identity, self.keep, self.world = out / FOLDER, dict(identity), keep, world
@@ -54,7 +56,7 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def newest(self) -> int | None:
-        """The last one's step, the same for all processes: on a network disk they may see different ones."""
+        """The last step, the same for all processes: on network disks they may see others."""
         found: int | None = self.world.gather(max(self.steps(), default=None))[0]
         return found
 
@@ -62,7 +64,7 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def best(self) -> dict[str, Any] | None:
-        """{"step", "loss"} of the lowest validation loss so far; None where its checkpoint was deleted."""
+        """{"step", "loss"} of the lowest validation loss; None without its checkpoint."""
         path = self.folder / BEST
         if not path.is_file():
             return None
@@ -70,7 +72,7 @@ class Checkpoints:
             found = dict(json.loads(path.read_text()))
             return found if (self.path(int(found["step"])) / STATE).is_file() and math.isfinite(found["loss"]) else None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}): delete it, the best is then sought anew") from None
+            raise ValueError(f"{path} is damaged ({error!r}): delete it, and the best is searched for again") from None
 
     def save(
         self,
@@ -81,9 +83,9 @@ class Checkpoints:
         more: Mapping[str, Any],
         validation_loss: float | None = None,
     ) -> None:
-        """Write a checkpoint of all processes' parts, then forget those that need not stay.
+        """Write a checkpoint of all processes' parts, then delete those that need not stay.
 
-        Raises OSError with the mend where the disk is full; what was there before stays.
+        Raises OSError with the mend where the disk is full; older checkpoints stay.
         """
         final = self.path(step)
         part = final.with_name(final.name + ".part")
@@ -119,38 +121,26 @@ class Checkpoints:
     def restore(
         self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Average | None
     ) -> dict[str, Any] | None:
-        """Load the newest checkpoint into them and return its state; None where there is none.
+        """Load the newest checkpoint into these and return its state; None without one.
 
-        Raises ValueError where it is of another configuration, naming what differs, or cannot be read.
+        Raises ValueError where it is of another configuration, naming the differences, or cannot
+        be read.
         """
         if (newest := self.newest()) is None:
             return None
         path = self.path(newest)
+        mend = "to go on from the checkpoint before it"
         try:
             about = dict(json.loads((path / STATE).read_text()))
             then, _ = dict(about["identity"]), int(about["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path / STATE} is damaged ({error!r}): delete {path} to go on from the checkpoint before it"
-            ) from None
-        if differing := _differences(then, self.identity):
-            raise ValueError(
-                f"{path} is of another configuration: {'; '.join(differing[:4])}. Give another out, or go back to those settings"
-            )
+            raise ValueError(f"{path / STATE} is damaged ({error!r}): delete {path} {mend}") from None
+        if differing := "; ".join(_differences(then, self.identity)[:4]):
+            other = f"{path} is of another configuration: {differing}"
+            raise ValueError(f"{other}. Give another out, or go back to those settings")
         state = _state(model, optimizers, average)
-        try:
-            with _alone(self.world):
-                load(state, checkpoint_id=path, no_dist=self.world.size == 1)
-        except (
-            Exception,
-            CheckpointException,
-        ) as error:  # torch raises many kinds for files that are not what they should be
-            cause = _unwrapped(error)
-            if not isinstance(cause, Exception):
-                raise
-            raise ValueError(
-                f"{path} cannot be read ({' '.join(repr(cause).split())[:200]}): delete it to go on from the checkpoint before it"
-            ) from error
+        with _reading(path, mend), _alone(self.world):
+            load(state, checkpoint_id=path, no_dist=self.world.size == 1)
         set_state_dict(
             model, list(optimizers), model_state_dict=state["model"], optim_state_dict=state["optim"],
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
@@ -158,7 +148,10 @@ class Checkpoints:
         return about
 
     def find(self, which: str | None) -> int:
-        """The step of the checkpoint that `which` names: a number, "best" by validation loss, or None, the newest. Raises ValueError."""
+        """The step of a checkpoint: a number, "best" by validation loss, or None, the newest.
+
+        Raises ValueError.
+        """
         steps = self.steps()
         if not steps:
             raise ValueError(f"{self.folder.parent} holds no checkpoint: train first")
@@ -168,32 +161,25 @@ class Checkpoints:
             return int(best["step"])
         step = steps[-1] if which is None else int(which) if which.isdecimal() else None
         if step not in steps:
-            raise ValueError(
-                f"{self.folder.parent} has no checkpoint {which}: choose one of {', '.join(map(str, steps))}, or best"
-            )
+            known = ", ".join(map(str, steps))
+            raise ValueError(f"{self.folder.parent} has no checkpoint {which}: choose one of {known}, or best")
         return step
 
     def read(self, step: int, part: str) -> dict[str, Tensor]:
-        """Tensors of a checkpoint by parameter name, on the CPU, without a model. `part`: "model" or "average".
+        """Tensors of a checkpoint by parameter name, on the CPU. `part`: "model" or "average".
 
         Empty where it has no such part. Raises ValueError where it cannot be read.
         """
         path = self.path(step)
-        try:
+        with _reading(path, "to read the one before it"), _alone(World(torch.device("cpu"))):
             entries = FileSystemReader(path).read_metadata().state_dict_metadata
-            wanted = {name.removeprefix(f"{part}."): e for name, e in entries.items() if name.startswith(f"{part}.")}
             tensors = {
-                name: torch.empty(e.size, dtype=e.properties.dtype)
-                for name, e in wanted.items()
-                if isinstance(e, TensorStorageMetadata)
+                name.removeprefix(f"{part}."): torch.empty(entry.size, dtype=entry.properties.dtype)
+                for name, entry in entries.items()
+                if name.startswith(f"{part}.") and isinstance(entry, TensorStorageMetadata)
             }
             if tensors:
-                with _alone(World(torch.device("cpu"))):
-                    load({part: tensors}, checkpoint_id=path, no_dist=True)
-        except (Exception, CheckpointException) as error:
-            raise ValueError(
-                f"{path} cannot be read ({' '.join(repr(_unwrapped(error)).split())[:200]}): delete it to read the one before it"
-            ) from error
+                load({part: tensors}, checkpoint_id=path, no_dist=True)
         return tensors
 
     def _forget(self) -> None:
@@ -203,11 +189,11 @@ class Checkpoints:
         kept = {*steps[-self.keep :], best["step"] if best else -1}
         for step in steps:
             if step not in kept:
-                (self.path(step) / STATE).unlink(missing_ok=True)  # killed from here on, it is none
+                (self.path(step) / STATE).unlink(missing_ok=True)  # without this it is not a checkpoint
                 shutil.rmtree(self.path(step), ignore_errors=True)
 
     def _sweep(self) -> None:
-        """Remove what killed runs left half written."""
+        """Remove what killed runs left unfinished."""
         for path in self.folder.glob("*.part"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -218,16 +204,16 @@ class Checkpoints:
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    """What happened in a process, where torch.distributed.checkpoint says only that something did."""
+    """The error in a process; torch.distributed.checkpoint says only that there was one."""
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return error
 
 
 def _no_room(error: BaseException) -> str | None:
-    """Why a write failed, and what helps; None where something else did.
+    """Why a write failed, and what helps; None for other errors.
 
-    torch's writer raises its own error over the system's; from another process comes the text of that alone.
+    torch's writer raises its own error over the system's. From other processes comes only its text.
     """
     cause: BaseException | None = _unwrapped(error)
     seen: list[BaseException] = []
@@ -242,6 +228,19 @@ def _no_room(error: BaseException) -> str | None:
 
 
 @contextmanager
+def _reading(path: Path, mend: str) -> Iterator[None]:
+    """ValueError in place of the many errors that torch raises for damaged files."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        cause = _unwrapped(error)
+        if not isinstance(cause, Exception):
+            raise
+        why = " ".join(repr(cause).split())[:200]
+        raise ValueError(f"{path} cannot be read ({why}): delete it {mend}") from error
+
+
+@contextmanager
 def _alone(world: World) -> Iterator[None]:
     """Without the warning that a single process is alone."""
     with warnings.catch_warnings():
@@ -251,7 +250,7 @@ def _alone(world: World) -> Iterator[None]:
 
 
 def _state(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Average | None) -> dict[str, Any]:
-    """What is saved; also the places that loading fills. Averages are loaded into their own tensors."""
+    """What is saved; also the tensors that loading fills. Averages load into their own tensors."""
     found, optim = get_state_dict(model, list(optimizers), options=_OPTIONS)
     return {"model": found, "optim": optim, **({"average": average.tensors} if average else {})}
 

@@ -1,20 +1,17 @@
-"""FAFM training of a LoRA or of all weights: the loop, and what surrounds a step (paper section 3.3; spec sections 5.2, 5.3).
+"""FAFM training of a LoRA or of all weights: the loop (paper section 3.3; spec sections 5.2, 5.3).
 
-A step: clips at levels of their own per frame -> velocity -> weighted loss -> gradient -> AdamW. Everything random is a function
-of the seed and the step, so a run that was killed goes on as if it had not been.
+A step: clips with a level per frame -> velocity -> weighted loss -> gradient -> AdamW. Everything
+random is a function of the seed and the step, so a run that was killed goes on as if it was not.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -35,19 +32,18 @@ from pusa_fast.training.memory import save_memory
 from pusa_fast.training.parallel import World, accumulating, distribute, gathered, joined
 from pusa_fast.training.preflight import check, check_clips, check_encoders
 from pusa_fast.training.saved import Checkpoints
+from pusa_fast.training.stop import Stop, stop_requests
 from pusa_fast.training.validation import Previews
-from pusa_fast.weights import checkpoint, keymap, load_dit
-from pusa_fast.weights.files import DIT, fingerprint
+from pusa_fast.weights import checkpoint, files, keymap, load_dit
 from pusa_fast.weights.pretrained import ModelFiles
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-# What to change when memory runs out in a step, and in samples.
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `train` did. `weights`: the file it wrote, None where it was stopped before the last step; `signal`: what stopped it."""
+    """What `train` did. `weights`: the file that it wrote; None where it stopped before the end.
+
+    `signal`: the one that stopped it.
+    """
 
     step: int
     weights: Path | None
@@ -55,64 +51,67 @@ class Outcome:
 
 
 def train(config: TrainConfig) -> Outcome:
-    """Train to the last step, or until SIGTERM or SIGINT, which leave a checkpoint; started again, it goes on from the newest.
+    """Train to the last step. SIGTERM and SIGINT stop it with a checkpoint, and it can go on.
 
-    Raises ValueError and OSError for what cannot work, before the model is loaded; FloatingPointError where the loss is no
-    number any more, naming the clips. In all cases the checkpoints written so far stay.
+    Raises ValueError and OSError for what cannot work, before the model is loaded;
+    FloatingPointError where the loss is not finite, naming the clips. Checkpoints always stay.
     """
-    files, store = check(config)
+    model, store = check(config)
     with joined(resolve_device(config.device)) as world, ExitStack() as stack:
 
         def first() -> None:
             config.out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(alone(config.out))
-            check_encoders(config, store, files)
+            check_encoders(config, store, model)
 
         world.first_does(first)
-        return Trainer(config, files, store, world).run()
+        return Trainer(config, model, store, world).run()
 
 
 def export_run(config: TrainConfig) -> Outcome:
-    """Write the weights of a run's newest checkpoint as `train` does at its end. Raises ValueError where there is none."""
-    files, store = check(config)
+    """Write the weights of a run's newest checkpoint, as `train` at its end. Raises ValueError."""
+    found = check(config)
     with joined(resolve_device(config.device)) as world:
-        trainer = Trainer(config, files, store, world)
+        trainer = Trainer(config, *found, world)
         if not trainer.step:
             raise ValueError(f"{config.out} holds no checkpoint: train first")
         return Outcome(trainer.step, trainer.export())
 
 
 class Trainer:
-    """One run of `config` in this process of `world`. `dit` is what trains; `step`, how many steps it has behind it.
+    """One run of `config` in this process of `world`. `dit` is trained; `step` counts steps done.
 
-    `base`: a transformer to train in place of the one in `files`, in the dtype and on the device it is to have.
+    `base`: a transformer to train in place of the model's, in its dtype and on its device.
     """
 
     def __init__(
-        self, config: TrainConfig, files: ModelFiles, store: LatentStore, world: World, base: WanDiT | None = None
+        self, config: TrainConfig, model: ModelFiles, store: LatentStore, world: World, base: WanDiT | None = None
     ) -> None:
         self.config, self.world, self.store = config, world, store
-        shift = config.objective.shift or float(files.defaults["shift"])
+        shift = config.objective.shift or float(model.defaults["shift"])
         self.shift, self.sampling = shift, config.sampling(shift)
+        dit_config = base.config if base is not None else checkpoint.read_config(checkpoint.DIT, model.dit)
         self.data = TrainingData(
             store, self.sampling, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed,
-            caption_dropout=config.data.caption_dropout, held_out=config.data.validation_clips, rank=world.rank, world=world.size,
+            patch=dit_config.patch_size, caption_dropout=config.data.caption_dropout,
+            held_out=config.data.validation_clips, rank=world.rank, world=world.size,
         )  # fmt: skip
-        self.dtype = DTYPES[config.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")]
+        self.dtype = config.dtype_on(world.device)
         resolve(config.attention, world.device, self.dtype, grad=True)
-        sharded = config.parallel == "fsdp" and world.size > 1
-        if sharded and config.optim.name == "muon":
+        self._sharded = config.parallel == "fsdp" and world.size > 1
+        if self._sharded and config.optim.name == "muon":
             raise ValueError("optim.name muon needs whole matrices: use parallel ddp, or adamw")
-        weights = "given" if base is not None else fingerprint(config.dit or files.dit, DIT)
+        check_clips(store, dit_config)
+        weights = "given" if base is not None else files.fingerprint(model.dit, files.DIT)
         identity = {**config.identity(), "clips": store.fingerprint, "weights": weights, "dtype": str(self.dtype)}
         self.checkpoints = Checkpoints(config.out, identity, config.checkpoints.keep, world)
-        dtype = self.dtype if config.lora else torch.float32
-        self.dit = base or load_dit(config.dit or files.dit, device=world.device, dtype=dtype)
+        # With a LoRA the base is frozen in the dtype it is used in. Else it is the float32 masters.
+        self._weight_dtype = self.dtype if config.lora else torch.float32
+        self.dit = base or load_dit(model.dit, device=world.device, dtype=self._weight_dtype)
         _prepare(self.dit, config, fresh=self.checkpoints.newest() is None)
-        check_clips(store, self.dit)
         save_memory(self.dit, config.memory.checkpointing, config.memory.offload)
         self.forward = distribute(self.dit, config.parallel, world, None if config.lora else self.dtype)
-        self._autocast = config.lora is None and self.dtype is not torch.float32 and not sharded
+        self._autocast = self._weight_dtype is not self.dtype and not self._sharded
         named = {name: p for name, p in self.dit.named_parameters() if p.requires_grad}
         self.parameters = list(named.values())
         self.optimizers = optim.build_optimizers(named, config.optim)
@@ -120,10 +119,9 @@ class Trainer:
         found = self.checkpoints.restore(self.dit, self.optimizers, self.average)
         self.step = 0 if found is None else int(found["step"])
         if self.step > config.steps:
-            raise ValueError(
-                f"{config.out} is at step {self.step}, past steps {config.steps}: raise steps, or give another out"
-            )
-        self.previews = Previews(config, files, store, world)
+            past = f"{config.out} is at step {self.step}, past steps {config.steps}"
+            raise ValueError(f"{past}: raise steps, or give another out")
+        self.previews = Previews(config, model, store, world)
         self.peak = metrics.peak_flops(world.device)
 
     def run(self) -> Outcome:
@@ -132,7 +130,7 @@ class Trainer:
             write_text(config.out / "config.yaml", dump_config(config))
         log = metrics.Metrics(config, self.step) if self.world.is_first else None
         saved, loss, weights = self.step, None, None
-        with _stop_requests() as stop, closing(self.data.steps(self.step)) as steps:
+        with stop_requests() as stop, closing(self.data.steps(self.step)) as steps:
             try:
                 clock = time.perf_counter()
                 while self.step < config.steps and not stop.agreed(self.world):
@@ -161,26 +159,23 @@ class Trainer:
         return Outcome(self.step, weights, stop.received)
 
     def train_step(
-        self, parts: list[Batch], stop: _Stop | None = None, clock: float | None = None
+        self, parts: list[Batch], stop: Stop | None = None, clock: float | None = None
     ) -> dict[str, Any] | None:
-        """One optimiser step over this process's share of a batch. Returns its row of metrics, timed from `clock` (None: from now).
+        """One optimiser step over this process's share of a batch. Returns its row of metrics.
 
-        A `stop` that comes between two parts drops the step, which is the same when it is taken again, and returns None. Raises
-        OutOfMemoryError that says what helps, FloatingPointError where the loss is no number.
+        `clock`: when the step began (None: now). A `stop` between two parts drops the step, which
+        will be the same when it is taken again, and returns None. Raises OutOfMemory with what
+        helps, and FloatingPointError where the loss is not finite.
         """
         with out_of_memory("train", f"at step {self.step + 1}"):
             return self._step(parts, stop, time.perf_counter() if clock is None else clock)
 
-    def _step(self, parts: list[Batch], stop: _Stop | None, start: float) -> dict[str, Any] | None:
-        config = self.config
+    def _step(self, parts: list[Batch], stop: Stop | None, start: float) -> dict[str, Any] | None:
+        config, device = self.config, self.world.device
         optim.set_rate(self.optimizers, optim.rate(self.step, config.steps, config.optim))
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         frames: list[Tensor] = []
-        total, levels = (
-            torch.zeros((), device=self.world.device),
-            torch.zeros(2, 4, dtype=torch.float64, device=self.world.device),
-        )
+        total, levels = torch.zeros((), device=device), torch.zeros(2, 4, dtype=torch.float64, device=device)
         for number, batch in enumerate(parts, 1):
             if number > 1 and stop is not None and stop.agreed(self.world):
                 return None
@@ -200,24 +195,22 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.step)
         self.step += 1
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)  # the optimiser's time is this step's
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the optimiser's time belongs to this step
         return self._row(mean, float(norm), sums[1:].view(2, 4), parts, time.perf_counter() - start)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(weighted loss, frame errors [B, F], levels [B, F]) of the model on one batch."""
         device = self.world.device
         clean, noise, sigma, context = (t.to(device) for t in (batch.latents, batch.noise, batch.sigma, batch.context))
-        noised, timestep, target = fafm.noised(
-            clean, noise, sigma, torch.float32 if self.config.lora is None else self.dtype
-        )
+        noised, timestep, target = fafm.noised(clean, noise, sigma, self._weight_dtype)
         with torch.autocast(device.type, self.dtype) if self._autocast else nullcontext():
             velocity = self.forward(noised, timestep, context)
         loss, errors = fafm.loss(velocity, target, sigma, self.config.objective.weighting, self.shift)
         return loss, errors, sigma
 
     def validate(self, log: metrics.Metrics | None) -> float | None:
-        """Loss on held-out clips, with the averaged weights where there are such. None without held-out clips."""
+        """Loss on held-out clips, with averaged weights if there are any. None without clips."""
         with self._averaged(), out_of_memory("train", f"at step {self.step}, in validation"):
             loss = self._validation_loss()
         if log is not None and loss is not None:
@@ -226,48 +219,41 @@ class Trainer:
         return loss
 
     def preview(self) -> None:
-        """Make the sample clips, with the averaged weights where there are such. Raises OutOfMemoryError that says what helps."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)  # as the next step does first
+        """Make the sample clips, with averaged weights if there are any. Raises OutOfMemory."""
+        self._drop_gradients()  # as the next step does first
         held = optim.held_bytes(self.optimizers, self.average)
-        with (
-            out_of_memory("validation", f"at step {self.step}"),
-            self._averaged(),
-            gathered(self.dit),
-        ):
+        with out_of_memory("validation", f"at step {self.step}"), self._averaged(), gathered(self.dit):
             self.previews.make(self.dit, self.step, held)
+
+    def _drop_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def _validation_loss(self) -> float | None:
+        def mine(number: int) -> bool:
+            """Of a sharded model every process takes part in every forward."""
+            return self._sharded or number % self.world.size == self.world.rank
+
         count, total = self.config.data.validation_clips, torch.zeros(2, dtype=torch.float64)
-        sharded = self.config.parallel == "fsdp"  # then every process takes part in every forward
-        for batch in validation_batches(
-            self.store,
-            count,
-            self.data.share,
-            self.sampling,
-            self.config.seed,
-            lambda n: sharded or n % self.world.size == self.world.rank,
-        ):
+        for batch in validation_batches(self.store, count, self.data.share, self.sampling, self.config.seed, mine):
             loss, _, _ = self.loss(batch)
             total += torch.tensor([float(loss) * len(batch.clips), len(batch.clips)], dtype=torch.float64)
         total = self.world.sum(total)
         return float(total[0] / total[1]) if count else None
 
     def export(self) -> Path:
-        """Write what was trained, averaged where there is an average: lora.safetensors (released style) or dit.safetensors."""
-        out, keep = self.config.out, self.world.is_first  # all gather, one keeps
+        """Write the trained weights, or their average: a LoRA in the released style, or all."""
+        full, keep = self.config.lora is None, self.world.is_first  # all gather, one keeps
+        path = self.config.out / ("dit.safetensors" if full else "lora.safetensors")
         with self._averaged():
-            if self.config.lora is not None:
-                path, updates = out / "lora.safetensors", adapters.trained_updates(self.dit, _whole, keep)
+            if not full:
+                updates = adapters.trained_updates(self.dit, _whole, keep)
                 if keep:
                     adapters.write_lora(path, updates)
             else:
-                path, state = out / "dit.safetensors", {}
-                for name, tensor in self.dit.state_dict().items():
-                    gathered_tensor = _whole(tensor)
-                    if keep:
-                        state[name] = gathered_tensor.cpu()
+                pairs = ((name, _whole(tensor)) for name, tensor in self.dit.state_dict().items())
+                state = {name: tensor.cpu() for name, tensor in pairs if keep}
                 if keep:
                     checkpoint.save(path, keymap.unpack(state), self.dit.config)
         self.world.barrier()
@@ -285,7 +271,7 @@ class Trainer:
                 self.average.swap()
 
     def _is_best(self, loss: float | None) -> bool:
-        """Whether this validation loss is the lowest so far. All processes have the same loss, the first one has the record."""
+        """Whether this is the lowest validation loss so far. The first process has the record."""
         best = self.checkpoints.best() if self.world.is_first else None
         return loss is not None and bool(self.world.gather(best is None or loss < best["loss"])[0])
 
@@ -293,17 +279,12 @@ class Trainer:
         self.checkpoints.save(self.step, self.dit, self.optimizers, self.average, {"processes": self.world.size}, loss)
 
     def _row(self, loss: float, norm: float, levels: Tensor, parts: list[Batch], seconds: float) -> dict[str, Any]:
-        config = self.config
         tokens, work = (
             sum(f(self.dit.config, b.latents.shape, b.context.shape[1]) for b in parts)
-            for f in (flops.tokens, flops.training_step(config))
+            for f in (flops.tokens, flops.training_step(self.config))
         )
-        row: dict[str, Any] = {
-            "step": self.step,
-            "loss": loss,
-            "gradient_norm": norm,
-            "lr": self.optimizers[-1].param_groups[0]["lr"],
-        }
+        lr = self.optimizers[-1].param_groups[0]["lr"]
+        row: dict[str, Any] = {"step": self.step, "loss": loss, "gradient_norm": norm, "lr": lr}
         row |= {f"error_level_{q + 1}of4": float(levels[0, q] / levels[1, q]) for q in range(4) if levels[1, q]}
         row |= {"seconds": round(seconds, 4), "tokens_per_second": round(tokens * self.world.size / seconds, 1)}
         if self.peak is not None:
@@ -321,7 +302,7 @@ class Trainer:
             )
 
     def _no_number(self, loss: float, norm: float, parts: list[Batch], frames: list[Tensor]) -> FloatingPointError:
-        """Names the clips of all processes whose errors are no numbers; where there are none, those of the batch."""
+        """Names the clips of all processes with errors that are not finite, or else all clips."""
         clips = [f"{clip.source} ({clip.caption!r})" for batch in parts for clip in batch.clips]
         bad = [clip for clip, own in zip(clips, torch.cat(frames).isfinite().all(1).tolist(), strict=True) if not own]
         everyone = self.world.gather((bad, clips))
@@ -329,19 +310,22 @@ class Trainer:
         steps = self.checkpoints.steps()
         change = "lower optim.lr, set optim.clip_norm, or leave these clips out"
         last, start = "there is no checkpoint yet", "dit" if self.config.lora is None else "lora.start"
-        if steps:  # its settings are those that failed
+        if steps:  # made with the settings that failed
             last = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}"
             change += (
-                f"; with other settings a run cannot go on, but begin from it: pusa-fast export {self.config.out} --out start.safetensors --dtype float32, "
-                f"then set {start}=start.safetensors and another out"
+                "; with other settings a run cannot go on, but begin from it: pusa-fast export "
+                f"{self.config.out} --out start.safetensors --dtype float32, then set {start}=start.safetensors and "
+                "another out"
             )
-        return FloatingPointError(
-            f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm} on {named}; {last}. To mend it, {change}"
-        )
+        wrong = f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm} on {named}"
+        return FloatingPointError(f"{wrong}; {last}. To mend it, {change}")
 
 
 def _prepare(dit: WanDiT, config: TrainConfig, fresh: bool) -> None:
-    """Make trainable what trains, in float32: adapters on a frozen base, or all of it. `fresh`: no checkpoint will be loaded."""
+    """Make the trained parameters float32 and trainable: adapters on a frozen base, or all.
+
+    `fresh`: no checkpoint will be loaded.
+    """
     lora = config.lora
     dit.attention_backend = config.attention
     if lora is None:
@@ -356,41 +340,10 @@ def _prepare(dit: WanDiT, config: TrainConfig, fresh: bool) -> None:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """All processes' parts of a sharded tensor."""
+    """The whole of a sharded tensor."""
     found = tensor.detach()
     return found.full_tensor() if isinstance(found, DTensor) else found
 
 
 def _due(step: int, every: int, steps: int) -> bool:
     return bool(every) and (step % every == 0 or step == steps)
-
-
-class _Stop:
-    """Signals received. All processes stop at the same step, whichever of them was told."""
-
-    received: int | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.received == signal.SIGINT == number:
-            raise KeyboardInterrupt  # asked twice: at once
-        self.received = number
-        os.write(2, b"stopping after this step, with a checkpoint\n")
-
-    def agreed(self, world: World) -> bool:
-        return bool(world.sum(torch.tensor([float(self.received is not None)]))[0])
-
-
-@contextmanager
-def _stop_requests() -> Iterator[_Stop]:
-    stop = _Stop()
-    before: dict[signal.Signals, Any] = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, stop)
-    except ValueError:  # not in the main thread: signals are the caller's business
-        pass
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,4 +1,4 @@
-"""Sample clips of a model that trains: made by `Pipeline` on its weights as they are, as files and a contact sheet a person looks at."""
+"""Sample clips of a model in training: files, and a contact sheet for people to look at."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pusa_fast import video
-from pusa_fast.config import VAEConfig
+from pusa_fast.config import Geometry
 from pusa_fast.data.store import LatentStore
 from pusa_fast.device import default_dtype, usable_memory, weight_bytes
 from pusa_fast.model.dit import WanDiT
@@ -30,7 +30,10 @@ SAMPLES = "samples"
 
 @dataclass
 class Previews:
-    """Makes the samples of `config.validation` into out/samples/step-000100/. The text encoder is loaded once, then dropped."""
+    """Makes the samples of `config.validation` in out/samples/step-000100/.
+
+    The text encoder is loaded once, then dropped.
+    """
 
     config: TrainConfig
     files: ModelFiles
@@ -40,19 +43,20 @@ class Previews:
     _vae: Any = None
 
     def make(self, dit: WanDiT, step: int, held: int = 0) -> None:
-        """One clip a sample and sheet.png, their rows side by side. All processes compute, the first one writes.
+        """One clip per sample, and sheet.png, a row each. Every process computes, the first writes.
 
-        `held`: bytes that training keeps on the device beside the weights.
+        `held`: bytes that training keeps on the device in addition to the weights.
         """
         samples = self.config.validation.samples
         texts, pipe = self._encoded(), Pipeline(dit, self._decoder(), None, defaults=self.files.defaults)
         folder = self.config.out / SAMPLES / f"step-{step:06d}"
-        num_frames, height, width = self._size()
+        num_frames, height, width = self._size(dit)
         tiling = self._tiling(dit, held)
         rows = []
         for number, sample in enumerate(samples):
             frames = pipe(
-                prompt_embeds=texts[sample.prompt], negative_prompt_embeds=texts[self.files.defaults["negative_prompt"]],
+                prompt_embeds=texts[sample.prompt],
+                negative_prompt_embeds=texts[self.files.defaults["negative_prompt"]],
                 conditions=[] if sample.image is None else [Condition(sample.image)], seed=sample.seed,
                 steps=self.config.validation.steps, guidance_scale=self.config.validation.guidance_scale,
                 num_frames=num_frames, height=height, width=width, tiling=tiling,
@@ -65,19 +69,14 @@ class Previews:
             with video.staged(folder / "sheet.png") as path:
                 video.contact_sheet(torch.cat(rows)).save(path, format="PNG")
 
-    def _size(self) -> tuple[int, int, int]:
-        """Frames, height and width of the samples: as asked for, or as trained on."""
-        chosen, vae = self.config.validation, VAEConfig()
-        _, F, h, w = max((clip.shape for clip in self.store.clips), key=math.prod)
-        frames = 1 + vae.temporal_factor * (F - 1)
-        return (
-            chosen.num_frames or frames,
-            chosen.height or vae.spatial_factor * h,
-            chosen.width or vae.spatial_factor * w,
-        )
+    def _size(self, dit: WanDiT) -> tuple[int, int, int]:
+        """Frames, height and width of the samples: as asked for, or those of the largest clip."""
+        chosen, geometry = self.config.validation, Geometry.of(dit.config, self._decoder().config)
+        frames, height, width = geometry.clip(max((clip.shape for clip in self.store.clips), key=math.prod))
+        return chosen.num_frames or frames, chosen.height or height, chosen.width or width
 
     def _tiling(self, dit: WanDiT, held: int) -> Tiling | None:
-        """Whole frames where the memory that training leaves allows it, and where nobody knows how much there is."""
+        """Whole frames where the memory left by training allows it, or where memory is unknown."""
         device = self.world.device
         try:
             memory = usable_memory(device)

@@ -1,7 +1,6 @@
 """Checkpoint files as tables of tensors that are read one at a time: find, open, save.
 
-safetensors and .pth files are mapped, so a tensor costs memory only once it is used, and then only
-once.
+safetensors and .pth files are mapped, so a tensor takes memory only when it is used, and only once.
 """
 
 from __future__ import annotations
@@ -60,28 +59,23 @@ class Places:
     entries: tuple[str, ...]
 
 
+_STEMS = (("diffusion_pytorch_model", "safetensors"), ("model", "safetensors"), ("diffusion_pytorch_model", "bin"))
 _GENERIC = tuple(
-    f"{stem}{tail}"
-    for stem, suffix in (
-        ("diffusion_pytorch_model", "safetensors"),
-        ("model", "safetensors"),
-        ("diffusion_pytorch_model", "bin"),
-    )
-    for tail in (f".{suffix}.index.json", f".{suffix}", f"-*-of-*.{suffix}")
+    f"{stem}{tail}" for stem, suffix in _STEMS for tail in (f".{suffix}.index.json", f".{suffix}", f"-*-of-*.{suffix}")
 )
-_UMT5 = "models_t5_umt5-xxl-enc-*"
 DIT = Places("a Wan transformer", ("dit.safetensors", "transformer/", *_GENERIC))
 VAE = Places("a Wan VAE", ("vae.safetensors", "Wan2.1_VAE.safetensors", "Wan2.1_VAE.pth", "vae/", *_GENERIC))
+_T5 = "models_t5_umt5-xxl-enc-*"
 TEXT = Places(
     "a UMT5 encoder",
-    (f"{_UMT5}.safetensors", f"{_UMT5}.pth", "text_encoder/", "umt5-xxl/", *_GENERIC, "pytorch_model.bin"),
+    (f"{_T5}.safetensors", f"{_T5}.pth", "text_encoder/", "umt5-xxl/", *_GENERIC, "pytorch_model.bin"),
 )
 
 
 def open_source(source: StateSource, places: Places) -> Source:
     """Tensors of a file, shards, a directory or a state dict.
 
-    Raises FileNotFoundError for a path (or a shard that an index names) that is not there;
+    Raises FileNotFoundError for a path, or a shard that an index names, that does not exist;
     ValueError for a directory without a model, a file that is damaged, of an unknown kind or not a
     plain table of tensors, and shards that overlap.
     """
@@ -90,7 +84,7 @@ def open_source(source: StateSource, places: Places) -> Source:
     if isinstance(source, (str, os.PathLike)):
         label, files = str(source), _find(Path(source), places)
     elif source:
-        label, files = str(source[0]), [Path(path) for path in source]
+        label, files = str(Path(source[0])), [Path(path) for path in source]
     else:
         raise ValueError(f"no path given for {places.what}: name a file, its shards or a directory")
     tensors: dict[str, Stored] = {}
@@ -99,7 +93,7 @@ def open_source(source: StateSource, places: Places) -> Source:
         found, about = open_file(file)
         twice = sorted(tensors.keys() & found.keys())
         if twice:
-            raise ValueError(f"{file}: {listing(twice)} are in another shard, too: give the shards of one model only")
+            raise ValueError(f"{file}: {listing(twice)} are also in another shard: give the shards of one model only")
         tensors |= found
         metadata = about | metadata
     if not tensors:
@@ -117,9 +111,8 @@ def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         return _open_safetensors(path)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         return _open_pickle(path), {}
-    raise ValueError(
-        f"{path}: cannot read {path.suffix or 'a file without suffix'}: use .safetensors, .pth, .pt, .bin or .ckpt"
-    )
+    kind = path.suffix or "a file without suffix"
+    raise ValueError(f"{path}: cannot read {kind}: use .safetensors, .pth, .pt, .bin or .ckpt")
 
 
 def listing(names: Iterable[str], most: int = 3) -> str:
@@ -143,14 +136,14 @@ def _find(path: Path, places: Places) -> list[Path]:
             return _indexed(hits[0]) if entry.endswith(".index.json") else _complete(hits)
     experts = [p.name for p in (path / "high_noise_model", path / "low_noise_model") if p.is_dir()]
     hint = f"; name one of its experts: {' or '.join(experts)}" if experts else ""
-    raise ValueError(f"{path} is no directory of {places.what}: looked for {', '.join(places.entries)}{hint}")
+    raise ValueError(f"{path} is not a directory of {places.what}: looked for {', '.join(places.entries)}{hint}")
 
 
 def _indexed(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no shard index: it needs a weight_map of tensor names to files") from error
+        raise ValueError(f"{index} is not a shard index: it needs a weight_map of tensor names to files") from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{index} names {listing(missing)}, not in {index.parent}: download the missing shards")
@@ -172,21 +165,23 @@ def _complete(files: list[Path]) -> list[Path]:
 def _open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     try:
         handle: Any = safe_open(path, framework="pt", device="cpu")
-        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
         metadata = dict(handle.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {_first_line(error)}{_pointer(path)}") from error
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file: {_first_line(error)}{_pointer(path)}"
+        ) from error
     unknown = sorted({s.get_dtype() for s in slices.values()} - _DTYPES.keys())
     if unknown:
+        kinds = ", ".join(unknown)
         raise ValueError(
-            f"{path} holds tensors of type {', '.join(unknown)}: quantised files cannot be read, use bf16, fp16 or fp32"
+            f"{path} holds tensors of type {kinds}: quantised files cannot be read, use bf16, fp16 or fp32"
         )
 
-    tensors = {
-        n: Stored(tuple(s.get_shape()), _DTYPES[s.get_dtype()], partial(handle.get_tensor, n))
-        for n, s in slices.items()
-    }
-    return tensors, metadata
+    def stored(name: str, header: Any) -> Stored:
+        return Stored(tuple(header.get_shape()), _DTYPES[header.get_dtype()], partial(handle.get_tensor, name))
+
+    return {name: stored(name, header) for name, header in slices.items()}, metadata
 
 
 def _open_pickle(path: Path) -> dict[str, Stored]:
@@ -198,7 +193,9 @@ def _open_pickle(path: Path) -> dict[str, Stored]:
                 raise
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or no table of tensors: {_first_line(error)}{_pointer(path)}") from error
+        raise ValueError(
+            f"{path} is damaged or not a table of tensors: {_first_line(error)}{_pointer(path)}"
+        ) from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -210,7 +207,7 @@ def _from_mapping(state: object, label: str) -> dict[str, Stored]:
         raise ValueError(f"{label} holds a {type(state).__name__}: a table of names and tensors is needed")
     strange = [str(n) for n, t in state.items() if not (isinstance(n, str) and isinstance(t, torch.Tensor))]
     if strange:
-        raise ValueError(f"{label} is no plain table of tensors: {listing(strange)} is none")
+        raise ValueError(f"{label} is not a plain table of tensors: {listing(strange)} is not a tensor")
     return {n: Stored(tuple(t.shape), t.dtype, t.detach) for n, t in state.items()}
 
 
@@ -237,31 +234,31 @@ def save(
 ) -> None:
     """Write tensors as safetensors, under a temporary name that replaces `path` when complete.
 
-    Raises FileNotFoundError when the directory is not there, and the disk's own OSError where it is
-    full.
+    Raises FileNotFoundError when the directory does not exist, and the disk's own OSError where it
+    is full.
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: {path.parent} is no directory")
+        raise FileNotFoundError(f"cannot write {path}: {path.parent} is not a directory")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         try:
             save_file(plain, temporary, {"format": "pt", **(metadata or {})})
-        except SafetensorError as error:  # it keeps the system's error as text: "... (os error 28)"
+        except SafetensorError as error:  # holds the system's error as text: "... (os error 28)"
             if found := re.search(r"os error (\d+)", str(error)):
                 raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
             raise
-        os.chmod(temporary, 0o644)  # safetensors writes for its owner alone; data sets are shared
+        os.chmod(temporary, 0o644)  # safetensors gives the owner access only; data sets are shared
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def fingerprint(path: str | os.PathLike[str], places: Places) -> str:
-    """A name for the weights of a model at `path`, from sizes, first and last MiB of its files.
+    """Identifies the weights of a model without reading them whole.
 
-    Raises as `open_source`.
+    A hash of the sizes and of the first and last MiB of its files. Raises as `open_source`.
     """
     found = hashlib.sha256()
     for file in _find(Path(path), places):

@@ -1,4 +1,4 @@
-"""Model directories: where the parts lie, and the defaults that go with them. Reads no weights.
+"""Model directories: where the parts are, and the defaults of each model. Reads no weights.
 
 Three layouts: nano's own (`model.json`), diffusers (`model_index.json`) and official Wan
 (`Wan2.1_VAE.pth`).
@@ -33,21 +33,20 @@ WAN_DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "steps": 30,
         "guidance_scale": 3.0,
         "shift": 5.0,
-        "negative_prompt": "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, "
-        "overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
-        "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three legs, "
-        "many people in the background, walking backwards",
+        "negative_prompt": "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, "
+        "images, static, overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra "
+        "fingers, poorly drawn hands, poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still "
+        "picture, messy background, three legs, many people in the background, walking backwards",
     }
 )
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The parts of a model. `text_encoder`: a transformers directory, or one file of weights;
-    `loras`: path to strength.
+    """The parts of a model. `text_encoder`: a transformers directory, or one file of weights.
 
-    `defaults` has every key of WAN_DEFAULTS; `spec` is the whole model.json, empty for other
-    layouts.
+    `loras`: path to strength. `defaults` has every key of WAN_DEFAULTS. `spec`: the whole
+    model.json, empty for other layouts.
     """
 
     name: str
@@ -65,8 +64,8 @@ class ModelFiles:
 def find_model(model: str | os.PathLike[str]) -> ModelFiles:
     """Files and defaults of "nano" (shipped with the package) or of a directory.
 
-    Raises ValueError for a directory that is no model, saying what was looked for, and for a part
-    that is missing.
+    Raises ValueError for a directory that is not a model, saying what was looked for, and for a
+    part that is missing.
     """
     embedded = model == "nano"
     folder = Path(str(resources.files("pusa_fast") / "assets" / "nano")) if embedded else Path(model)
@@ -74,12 +73,9 @@ def find_model(model: str | os.PathLike[str]) -> ModelFiles:
         if (folder / marker).is_file():
             return _complete(read(folder), folder)
     what = "a directory" if folder.is_dir() else "a file" if folder.exists() else "missing"
-    hint = (
-        "; each expert of Wan2.2 is a transformer: load both and use ExpertPair"
-        if (folder / "high_noise_model").is_dir()
-        else ""
-    )
-    raise ValueError(f'{folder} ({what}) is no model: looked in it for {", ".join(_LAYOUTS)}; or give "nano"{hint}')
+    hint = "; each expert of Wan2.2 is a transformer: load both and use ExpertPair"
+    hint = hint if (folder / "high_noise_model").is_dir() else ""
+    raise ValueError(f'{folder} ({what}) is not a model: looked in it for {", ".join(_LAYOUTS)}; or give "nano"{hint}')
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -121,24 +117,20 @@ def _diffusers(folder: Path) -> ModelFiles:
         raise ValueError(f"{folder / 'model_index.json'} is of a {index.get('_class_name')}, not of a Wan pipeline")
     second = index.get("transformer_2")
     if second and second[0]:
-        raise ValueError(
-            f"{folder} holds two experts: load_dit its transformer and transformer_2, and build Pipeline(dit=ExpertPair(high, low), ...)"
-        )
-    return ModelFiles(
-        folder.resolve().name, folder / "transformer", folder / "vae", folder / "text_encoder", folder / "tokenizer"
-    )
+        mend = "load_dit its transformer and transformer_2, and build Pipeline(dit=ExpertPair(high, low), ...)"
+        raise ValueError(f"{folder} holds two experts: {mend}")
+    dit, vae, text_encoder, tokenizer = (folder / n for n in ("transformer", "vae", "text_encoder", "tokenizer"))
+    return ModelFiles(folder.resolve().name, dit, vae, text_encoder, tokenizer)
 
 
 def _official(folder: Path) -> ModelFiles:
-    tokenizers = [folder / name for name in ("google/umt5-xxl", "umt5-xxl")]
-    vae = next(folder / name for name in _OFFICIAL_VAES if (folder / name).is_file())
-    text = folder / "models_t5_umt5-xxl-enc-bf16"
-    encoder = text.with_name(
-        text.name + (".safetensors" if text.with_name(text.name + ".safetensors").is_file() else ".pth")
-    )
-    return ModelFiles(
-        folder.resolve().name, folder, vae, encoder, next((t for t in tokenizers if t.is_dir()), tokenizers[0])
-    )
+    def first(*names: str) -> Path:
+        """The first of these that exists, or the last."""
+        return next((folder / name for name in names if (folder / name).exists()), folder / names[-1])
+
+    encoder = first("models_t5_umt5-xxl-enc-bf16.safetensors", "models_t5_umt5-xxl-enc-bf16.pth")
+    tokenizer = first("google/umt5-xxl", "umt5-xxl", "google/umt5-xxl")
+    return ModelFiles(folder.resolve().name, folder, first(*_OFFICIAL_VAES), encoder, tokenizer)
 
 
 _OFFICIAL_VAES = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors")
@@ -150,17 +142,16 @@ _LAYOUTS: Mapping[str, Callable[[Path], ModelFiles]] = MappingProxyType(
 def _complete(files: ModelFiles, folder: Path) -> ModelFiles:
     for part in (files.dit, files.vae, files.text_encoder, files.tokenizer, *files.loras):
         if not part.exists():
-            raise ValueError(
-                f"{folder} is incomplete: {part.relative_to(folder)} is missing; download it, or build Pipeline from parts"
-            )
+            lacking = f"{part.relative_to(folder)} is missing"
+            raise ValueError(f"{folder} is incomplete: {lacking}; download it, or build Pipeline from parts")
     return files
 
 
 def model_geometry(files: ModelFiles) -> Geometry:
-    """Factors, patch and channels of a model, from the headers of its files. No weights are read.
+    """Factors, patch and channels of a model, from its files' headers. No weights are read.
 
-    Raises what `load_dit` and `load_vae` do for a file that they cannot load or whose configuration
-    is unknown, and ValueError for a transformer and a VAE that do not fit.
+    Raises what `load_dit` and `load_vae` raise for a file that they cannot load or whose
+    configuration is unknown, and ValueError for a transformer and a VAE that do not fit.
     """
     from pusa_fast.weights import checkpoint
 
@@ -169,9 +160,7 @@ def model_geometry(files: ModelFiles) -> Geometry:
 
 
 def load_text_encoder(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """The model's text encoder, from a transformers directory or one file of weights. Raises as
-    `TextEncoder` does.
-    """
+    """The text encoder, from a transformers directory or a file. Raises as `TextEncoder`."""
     from pusa_fast.model.text import TextEncoder
     from pusa_fast.weights import load_text_encoder_state
 

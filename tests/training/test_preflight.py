@@ -52,7 +52,7 @@ def test_clips_of_another_model_are_refused(tiny: Any) -> None:
         begin(tiny.config(data={"path": str(tiny.runs / "other")}, batch_size=1))
     with StoreWriter(tiny.runs / "odd", {**about, "text_dim": 64}) as writer:
         writer.add("a", make_input(16, 2, 5, 4), make_input(2, 64), source="odd.mp4", caption="")
-    with pytest.raises(ValueError, match=r"odd\.mp4: latents .* no multiple of the patch 2x2"):
+    with pytest.raises(ValueError, match=r"odd\.mp4: latents .* not multiples of the patch 2x2"):
         begin(tiny.config(data={"path": str(tiny.runs / "odd")}, batch_size=1))
 
 
@@ -88,7 +88,7 @@ def test_a_sample_that_is_no_picture_is_found_before_anything_is_loaded(
     text.write_text("no picture")
     with pytest.raises(ValueError, match=r"text\.png"):
         train(tiny.config(validation={"every": 2, "samples": [{"prompt": "a", "image": str(text)}]}))
-    with pytest.raises(ValueError, match=r"validation\.width 100 is no multiple of 16 pixels: use 96"):
+    with pytest.raises(ValueError, match=r"validation\.width=100 is not a multiple of 16 pixels: use 96"):
         train(tiny.config(validation={"width": 100}))
     with pytest.raises(ValueError, match=r"validation\.num_frames=80 is not 4n\+1 .*use 77 or 81"):
         train(tiny.config(validation={"num_frames": 80}))

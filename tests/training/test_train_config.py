@@ -87,7 +87,7 @@ def test_overrides_win_in_order(tmp_path: Path) -> None:
         ({"lora": {"init": "zero"}}, r"lora\.init: .*'kaiming' or 'gaussian'"),
         ({"data": {"caption_dropout": 0.1}}, r"data\.path: Field required"),
         ({"data": {"path": "c", "caption_dropout": 1}}, r"data\.caption_dropout: .*less than 1"),
-        ({"batch_size": 6, "accumulate": 4}, "batch_size 6 is no multiple of accumulate 4: change one of them"),
+        ({"batch_size": 6, "accumulate": 4}, "batch_size 6 is not a multiple of accumulate 4: change one of them"),
         ({"optim": {"name": "muon"}}, "optim.name muon is for full fine-tuning: use adamw with a LoRA, or lora: null"),
         (
             {"steps": 5, "optim": {"schedule": "cosine", "warmup_steps": 5}},
@@ -112,7 +112,7 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1, ", r"c\.yaml is no YAML: "),
+        ("a: [1, ", r"c\.yaml is not YAML: "),
         ("- a\n- b\n", r"c\.yaml holds a list: it must map settings to values"),
         ("3", r"c\.yaml holds a str: it must map settings to values"),
         ("", r"data: Field required; out: Field required"),
@@ -127,7 +127,7 @@ def test_files_that_are_no_settings(tmp_path: Path, text: str, message: str) -> 
 
 def test_a_file_that_is_no_text_and_one_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(b"out: \xff\n")
-    with pytest.raises(ValueError, match=r"c\.yaml is no YAML"):
+    with pytest.raises(ValueError, match=r"c\.yaml is not YAML"):
         load_config(tmp_path / "c.yaml")
     with pytest.raises(FileNotFoundError):
         load_config(tmp_path / "none.yaml")
@@ -135,7 +135,7 @@ def test_a_file_that_is_no_text_and_one_that_is_not_there(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("override", ["steps", "=3", ""])
 def test_overrides_that_are_none(override: str) -> None:
-    with pytest.raises(ValueError, match=r"is no setting: write such as optim\.lr=1e-5"):
+    with pytest.raises(ValueError, match=r"is not a setting: write it as optim\.lr=1e-5"):
         load_config(None, [override])
 
 

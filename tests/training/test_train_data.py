@@ -27,7 +27,7 @@ def store(tiny: Any) -> LatentStore:
 
 
 def data(store: LatentStore, **changes: Any) -> TrainingData:
-    return TrainingData(store, SAMPLING, **{"batch_size": 8, "accumulate": 1, "seed": 3, **changes})
+    return TrainingData(store, SAMPLING, **{"batch_size": 8, "accumulate": 1, "patch": (1, 2, 2), "seed": 3, **changes})
 
 
 def take(source: TrainingData, count: int, start: int = 0) -> list[list[Batch]]:
@@ -218,7 +218,7 @@ def test_leaving_the_loop_ends_the_thread(store: LatentStore) -> None:
 def test_parts_hold_forty_thousand_tokens_or_one_clip(
     batch: int, world: int, shape: tuple[int, ...], parts: int
 ) -> None:
-    assert auto_parts(batch, world, shape) == parts
+    assert auto_parts(batch, world, shape, (1, 2, 2)) == parts
 
 
 def test_windows_of_a_held_out_file_are_not_trained_on(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def test_files_that_are_not_low_rank(tiny: Any, trained: WanDiT, tmp_path: Path)
 
     save_file({"blocks.0.ffn.0.diff": torch.ones(96, 48)}, tmp_path / "d.safetensors")
     refused(
-        "is no low-rank one: this file cannot be converted or trained on",
+        "without low rank: it cannot be converted or trained on",
         tmp_path / "d.safetensors",
         "--out",
         tmp_path / "x.safetensors",

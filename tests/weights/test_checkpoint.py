@@ -196,7 +196,7 @@ def test_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         checkpoint.save(path, {"a": torch.zeros(2)})
     assert torch.equal(load_file(path)["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
-    with pytest.raises(FileNotFoundError, match="is no directory"):
+    with pytest.raises(FileNotFoundError, match="is not a directory"):
         checkpoint.save(tmp_path / "no" / "a.safetensors", {"a": torch.zeros(2)})
 
 

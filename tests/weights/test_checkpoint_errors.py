@@ -86,14 +86,14 @@ class Payload:
 
 def test_pickles_run_no_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     torch.save({"x": Payload()}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth is damaged or no table of tensors") as error:
+    with pytest.raises(ValueError, match=r"x\.pth is damaged or not a table of tensors") as error:
         load_dit(tmp_path / "x.pth", TINY)
     one_line(error)
     assert "executed" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [([1, 2], "holds a list"), ({"a": 3}, "no plain table"), ({}, "no tensors")]
+    ("value", "message"), [([1, 2], "holds a list"), ({"a": 3}, "not a plain table"), ({}, "no tensors")]
 )
 def test_pickle_of_something_else(tmp_path: Path, value: Any, message: str) -> None:
     torch.save(value, tmp_path / "x.pth")
@@ -109,10 +109,10 @@ def test_unknown_suffix(tmp_path: Path) -> None:
 
 def test_directory_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"no directory of a Wan transformer: looked for dit\.safetensors, transformer/"
+        ValueError, match=r"not a directory of a Wan transformer: looked for dit\.safetensors, transformer/"
     ):
         load_dit(tmp_path)
-    with pytest.raises(ValueError, match=r"no directory of a Wan VAE: looked for vae\.safetensors"):
+    with pytest.raises(ValueError, match=r"not a directory of a Wan VAE: looked for vae\.safetensors"):
         load_vae(tmp_path)
     (tmp_path / "high_noise_model").mkdir()
     with pytest.raises(ValueError, match="one of its experts: high_noise_model"):
@@ -134,7 +134,7 @@ def test_bad_index(state: dict[str, Tensor], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"names part1\.safetensors, not in"):
         load_dit(tmp_path, TINY)
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ValueError, match="no shard index"):
+    with pytest.raises(ValueError, match="not a shard index"):
         load_dit(tmp_path, TINY)
 
 
