@@ -111,7 +111,8 @@ def qk_rope_forward_kernel(
     tl.store(rstd_k + p_row, b_rstd, m_t)
 
 
-@triton.jit(do_not_specialize=["tiles", "per_program", "L", "first_token", "h", "w"])
+# per_program is specialised: where it is 1, the loop goes.
+@triton.jit(do_not_specialize=["tiles", "L", "first_token", "h", "w"])
 def qk_rope_backward_kernel(
     dout, x, dx, weight, cos, sin, rstd, partial, tiles, per_program, L, first_token, h, w,
     H: tl.constexpr, K: tl.constexpr, FRAME: tl.constexpr, ROW: tl.constexpr,
