@@ -180,9 +180,7 @@ def check(folder: Path, words: list[str]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Check the package under the software of a GPU machine, without a GPU."
-    )
+    parser = argparse.ArgumentParser(description="Check the package under a GPU machine's software, without a GPU.")
     parser.add_argument("folder", type=lambda name: Path(name).absolute(), help="where the environment is")
     parser.add_argument("--setup", action="store_true", help="create the environment, check nothing")
     parser.add_argument("--python", default="python3.12", help="interpreter of the environment (default: python3.12)")
@@ -197,10 +195,8 @@ def main() -> int:
     if options.out:
         write_text(options.out, text + "\n")
     print(text)
-    faults = [
-        fault for by_arch in result["compiled"].values() for found in by_arch.values() for fault in found["faults"]
-    ]
-    return 1 if faults or result["tests"]["exit"] else 0
+    failed = any(found["faults"] for by_arch in result["compiled"].values() for found in by_arch.values())
+    return int(failed or result["tests"]["exit"] != 0)
 
 
 if __name__ == "__main__":
