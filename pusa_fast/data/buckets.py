@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pusa_fast import video
 from pusa_fast.config import Geometry
+from pusa_fast.errors import ArgumentError
 from pusa_fast.media import PICTURE_SUFFIXES
 
 STARTS = ("first", "middle", "random")
@@ -44,19 +45,21 @@ def parse_bucket(text: str, geometry: Geometry) -> Bucket:
     """
     found = re.fullmatch(r"(\d{1,6})[xX](\d{1,6})[xX](\d{1,6})", text.strip())
     if found is None:
-        raise ValueError(f"bucket {text} is not a size: write WIDTHxHEIGHTxFRAMES, such as 832x480x81")
+        raise ArgumentError("bucket", f" {text} is not a size: write WIDTHxHEIGHTxFRAMES, such as 832x480x81")
     bucket = Bucket(*map(int, found.groups()))
     height, width = geometry.multiples
     for name, side, multiple in (("width", bucket.width, width), ("height", bucket.height, height)):
         if side < 1 or side % multiple:
             below = side // multiple * multiple
             nearest = f"{below} or {below + multiple}" if below else str(multiple)
-            raise ValueError(f"bucket {text}: {name} {side} is not a multiple of {multiple} pixels: use {nearest}")
+            raise ArgumentError(
+                "bucket", f" {text}: {name} {side} is not a multiple of {multiple} pixels: use {nearest}"
+            )
     step = geometry.temporal_factor
     if bucket.frames < 1 or (bucket.frames - 1) % step:
         below = max(0, bucket.frames - 1) // step * step + 1
         nearest = f"{below} or {below + step}" if bucket.frames else "1"
-        raise ValueError(f"bucket {text}: {bucket.frames} frames is not {step}k+1: use {nearest}")
+        raise ArgumentError("bucket", f" {text}: {bucket.frames} frames is not {step}k+1: use {nearest}")
     return bucket
 
 

@@ -31,6 +31,7 @@ from pusa_fast.data.sheet import write_sheet
 from pusa_fast.data.sources import Source, read_sources
 from pusa_fast.data.store import EMPTY, INDEX, SELECTION, SHARDS, StoredClip
 from pusa_fast.device import out_of_memory, resolve_device
+from pusa_fast.errors import ArgumentError
 from pusa_fast.model.vae.tiling import Tiling
 from pusa_fast.weights.pretrained import find_model, model_geometry
 
@@ -194,14 +195,14 @@ def _lost_clips(lost: Mapping[str, str], plan: Plan) -> list[str]:
 def _check(clips_per_video: int, start: str, seed: int, fit: str, dtype: str, shard_clips: int) -> None:
     for name, count in (("clips_per_video", clips_per_video), ("shard_clips", shard_clips)):
         if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+            raise ArgumentError(name, f" must be at least 1, got {count}")
     if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
+        raise ArgumentError("seed", f" must be at least 0, got {seed}")
     for name, value, choices in (
         ("start", start, STARTS), ("fit", fit, video.FIT_MODES), ("dtype", dtype, tuple(DTYPES)),
     ):  # fmt: skip
         if value not in choices:
-            raise ValueError(f"{name}={value!r} is unknown: use {', '.join(choices)}")
+            raise ArgumentError(name, f"={value!r} is unknown: use {', '.join(choices)}")
 
 
 def _check_folder(folder: Path, source: Path) -> None:

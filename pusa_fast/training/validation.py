@@ -17,6 +17,7 @@ from pusa_fast.device import default_dtype, usable_memory, weight_bytes
 from pusa_fast.model.dit import WanDiT
 from pusa_fast.model.vae.tiling import Tiling
 from pusa_fast.pipeline import Pipeline
+from pusa_fast.request import Request
 from pusa_fast.sampling.task import Condition
 from pusa_fast.training.parallel import World
 from pusa_fast.weights import load_vae
@@ -54,13 +55,15 @@ class Previews:
         tiling = self._tiling(dit, held)
         rows = []
         for number, sample in enumerate(samples):
-            frames = pipe(
+            request = Request(
                 prompt_embeds=texts[sample.prompt],
                 negative_prompt_embeds=texts[self.files.defaults["negative_prompt"]],
                 conditions=[] if sample.image is None else [Condition(sample.image)], seed=sample.seed,
                 steps=self.config.validation.steps, guidance_scale=self.config.validation.guidance_scale,
                 num_frames=num_frames, height=height, width=width, tiling=tiling,
             )  # fmt: skip
+            frames = pipe.run(request).frames
+            assert frames is not None
             rows.append(frames)
             if self.world.is_first:
                 folder.mkdir(parents=True, exist_ok=True)

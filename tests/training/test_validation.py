@@ -73,7 +73,7 @@ def test_what_fails_in_previews_costs_no_step(tiny: Any, monkeypatch: pytest.Mon
         checkpoints={"every": 3},
     )
     with monkeypatch.context() as patch:
-        patch.setattr(validation.Pipeline, "__call__", lambda *args, **named: (_ for _ in ()).throw(error))
+        patch.setattr(validation.Pipeline, "run", lambda *args, **named: (_ for _ in ()).throw(error))
         with pytest.raises(
             torch.OutOfMemoryError,
             match=r"in validation at step 2: make validation\.num_frames, .* the steps so far are saved",
