@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 
 # Per-channel statistics of the Wan2.1 VAE's latents (reference: diffsynth/models/wan_video_vae.py).
@@ -38,8 +38,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        sizes = "dim ffn_dim num_heads num_layers in_channels out_channels text_dim freq_dim"
-        for name in sizes.split():
+        for name in (field.name for field in fields(self) if field.type == "int"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DiTConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.num_heads:
@@ -47,9 +46,8 @@ class DiTConfig:
         if self.head_dim % 2 or self.freq_dim % 2:
             raise ValueError(f"DiTConfig: head_dim={self.head_dim} and freq_dim={self.freq_dim} must be even")
         if len(self.patch_size) != 3 or self.patch_size[0] != 1:
-            raise ValueError(
-                f"DiTConfig.patch_size must be (1, h, w), one token row per latent frame; got {self.patch_size}"
-            )
+            needed = "must be (1, h, w): one token row per latent frame"
+            raise ValueError(f"DiTConfig.patch_size {needed}; got {self.patch_size}")
 
     @property
     def head_dim(self) -> int:
@@ -75,15 +73,14 @@ class VAEConfig:
         for name in ("dim_mult", "temporal_downsample", "latents_mean", "latents_std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            levels = f"one per downsampling between the {len(self.dim_mult)} levels of dim_mult"
             raise ValueError(
-                f"VAEConfig.temporal_downsample needs {len(self.dim_mult) - 1} entries, one per downsampling between "
-                f"the {len(self.dim_mult)} resolutions of dim_mult; got {len(self.temporal_downsample)}"
+                f"VAEConfig.temporal_downsample needs {len(self.dim_mult) - 1} entries, {levels}; "
+                f"got {len(self.temporal_downsample)}"
             )
         for name in ("latents_mean", "latents_std"):
-            if len(getattr(self, name)) != self.z_dim:
-                raise ValueError(
-                    f"VAEConfig.{name} needs z_dim={self.z_dim} values, got {len(getattr(self, name))}: give your own"
-                )
+            if (count := len(getattr(self, name))) != self.z_dim:
+                raise ValueError(f"VAEConfig.{name} needs z_dim={self.z_dim} values, got {count}: give your own")
 
     @property
     def spatial_factor(self) -> int:
@@ -117,10 +114,8 @@ class Geometry:
         """Of a transformer and a VAE. Raises ValueError if their latents differ in channels."""
         channels = (dit.in_channels, dit.out_channels, vae.z_dim)
         if len(set(channels)) > 1:
-            raise ValueError(
-                f"the transformer maps {channels[0]} to {channels[1]} channels, the VAE's latents have {channels[2]}: "
-                "all three must agree"
-            )
+            maps = f"the transformer maps {channels[0]} to {channels[1]} channels"
+            raise ValueError(f"{maps}, the VAE's latents have {channels[2]}: all three must agree")
         return cls(vae.spatial_factor, vae.temporal_factor, dit.patch_size, vae.z_dim, dit.text_dim, text_len)
 
     @property
@@ -142,9 +137,7 @@ MODELS: Mapping[str, DiTConfig | VAEConfig] = MappingProxyType(
         "wan2.1-t2v-14b": _WAN_14B,
         "wan2.1-t2v-1.3b": DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
         "wan2.2-t2v-a14b": _WAN_14B,  # each of the two experts
-        "wan2.2-ti2v-5b": DiTConfig(
-            dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_channels=48, out_channels=48
-        ),
+        "wan2.2-ti2v-5b": DiTConfig(3072, 14336, num_heads=24, num_layers=30, in_channels=48, out_channels=48),
         "wan2.1-vae": VAEConfig(),
     }
 )

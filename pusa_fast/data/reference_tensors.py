@@ -6,22 +6,13 @@ rows, which are left out here. Source: PusaV1/examples/pusavideo/train_wan_pusa.
 
 from __future__ import annotations
 
-import pickle
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from pusa_fast.config import Geometry
-
-# What torch.load raises for a file of another kind, a truncated or a damaged one.
-_DAMAGED = (
-    RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error,
-    pickle.UnpicklingError,
-)  # fmt: skip
+from pusa_fast.weights.files import load_pickle
 
 
 def trimmed(rows: Tensor) -> Tensor:
@@ -54,10 +45,10 @@ def read_tensors(path: Path, geometry: Geometry) -> tuple[Tensor, Tensor]:
 
 def _load(path: Path) -> tuple[Tensor, Tensor]:
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be loaded ({reason[:120]}): restore it, or give --ignore-tensors") from None
+        found = load_pickle(path)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path} ")[:120]
+        raise ValueError(f"{path} cannot be loaded ({reason}): restore it, or give --ignore-tensors") from None
     tables = found if isinstance(found, Mapping) else {}
     text = tables.get("prompt_emb")
     latents, context = tables.get("latents"), text.get("context") if isinstance(text, Mapping) else None

@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -97,10 +96,8 @@ class LatentStore:
         """[text_len, D] of the empty caption. Raises ValueError where the store has none."""
         path = self.folder / EMPTY
         if not path.is_file():
-            raise ValueError(
-                f"{self.folder} holds no empty caption, so captions cannot be dropped: prepare again, or set "
-                "caption_dropout to 0"
-            )
+            missing = f"{self.folder} holds no empty caption, so captions cannot be dropped"
+            raise ValueError(f"{missing}: prepare again, or set caption_dropout to 0")
         return self._padded(_open(path).get_tensor("text"))
 
     def _padded(self, rows: Tensor) -> Tensor:
@@ -134,14 +131,13 @@ class StoreWriter:
         if shard_clips < 1:
             raise ValueError(f"a shard holds at least 1 clip, got {shard_clips}")
         self.folder, self.model, self.shard_clips = Path(folder), dict(model), shard_clips
-        self._clips: list[StoredClip] = []
         if (self.folder / INDEX).exists():
             check_model(self.folder, self.model)
-            self._clips = list(readable_clips(self.folder).values())
+        self._clips = list(readable_clips(self.folder).values())
         (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
         self.keys = {clip.key for clip in self._clips}
         self._sources = {str(clip.details["latents"]): clip for clip in self._clips if "latents" in clip.details}
-        self._waiting: list[tuple[StoredClip, dict[str, Tensor]]] = []
+        self._waiting: dict[str, Tensor] = {}  # of clips that are not in a shard yet
         self._shard = self._next_shard()
 
     @property
@@ -151,12 +147,12 @@ class StoreWriter:
 
     def latents_of(self, made_from: str) -> Tensor | None:
         """Latents [C, F, h, w] as stored, by `details["latents"]`; None if no clip has them."""
-        clip = self._sources.get(made_from)
-        if clip is None:
+        if (clip := self._sources.get(made_from)) is None:
             return None
         name = f"{clip.key}.latents"
-        waiting = next((tensors[name] for other, tensors in self._waiting if other is clip), None)
-        found: Tensor = _open(self.folder / SHARDS / clip.shard).get_tensor(name) if waiting is None else waiting
+        found: Tensor | None = self._waiting.get(name)
+        if found is None:
+            found = _open(self.folder / SHARDS / clip.shard).get_tensor(name)
         return found.clone()  # a shard must not hold the same memory under two names
 
     def write_empty_text(self, rows: Tensor) -> None:
@@ -187,12 +183,12 @@ class StoreWriter:
             raise ValueError(f"{source}: this clip is in {self.folder} already")
         C, F, h, w = latents.shape
         clip = StoredClip(key, source, caption, (C, F, h, w), len(text), self._shard, dict(details or {}))
-        tensors = {f"{key}.latents": latents, f"{key}.text": text}
-        self._waiting.append((clip, tensors))
+        self._waiting |= {f"{key}.latents": latents, f"{key}.text": text}
+        self._clips.append(clip)
         self.keys.add(key)
         if "latents" in clip.details:
             self._sources.setdefault(str(clip.details["latents"]), clip)
-        if len(self._waiting) == self.shard_clips:
+        if len(self._waiting) == 2 * self.shard_clips:
             self.flush()
 
     def flush(self) -> None:
@@ -200,10 +196,9 @@ class StoreWriter:
         if not self._waiting:
             return
         path = self.folder / SHARDS / self._shard
-        save(path, {n: t for _, tensors in self._waiting for n, t in tensors.items()})
+        save(path, self._waiting)
         to_disk(path)
         to_disk(path.parent)
-        self._clips += [clip for clip, _ in self._waiting]
         self._waiting.clear()
         _write_index(self.folder, self.model, self._clips)
         self._shard = self._next_shard()
@@ -216,9 +211,7 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.flush()
             if not (self.folder / INDEX).exists():
@@ -230,9 +223,8 @@ def check_model(folder: Path, model: Mapping[str, Any]) -> None:
     _, found = read_index(folder)
     if differing := sorted(name for name in found.keys() | model.keys() if found.get(name) != model.get(name)):
         then, now = found.get(differing[0]), model.get(differing[0])
-        raise ValueError(
-            f"{folder} holds clips of another model ({differing[0]}: {then}, now {now}): choose another folder"
-        )
+        other = f"clips of another model ({differing[0]}: {then}, now {now})"
+        raise ValueError(f"{folder} holds {other}: choose another folder")
 
 
 def readable_clips(folder: Path) -> dict[str, StoredClip]:
@@ -309,9 +301,8 @@ def _selected(folder: Path, clips: tuple[StoredClip, ...]) -> tuple[StoredClip, 
         raise ValueError(f"{folder} is not ready: no prepare of it has finished; start the same prepare again")
     held = {clip.key: clip for clip in clips}
     if lacking := sum(key not in held for key in keys):
-        raise ValueError(
-            f"{folder} lacks {lacking} of its {len(keys)} clips, whose shards were lost: prepare again to restore them"
-        )
+        lost = f"{folder} lacks {lacking} of its {len(keys)} clips, whose shards were lost"
+        raise ValueError(f"{lost}: prepare again to restore them")
     return tuple(held[key] for key in keys)
 
 
@@ -327,9 +318,8 @@ def read_index(folder: Path) -> tuple[tuple[StoredClip, ...], dict[str, Any]]:
     """Every clip, selected or not, and the model. Raises FileNotFoundError, ValueError."""
     path = folder / INDEX
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no prepared clips (no {INDEX}): run pusa-fast prepare SOURCE --out {folder}"
-        )
+        mend = f"run pusa-fast prepare SOURCE --out {folder}"
+        raise FileNotFoundError(f"{folder} holds no prepared clips (no {INDEX}): {mend}")
     names = [f.name for f in fields(StoredClip)]
     with _understood(path, "restore it, or delete it and prepare again"):
         found = _read_json(path, FORMAT)

@@ -7,6 +7,7 @@ channels, F latent frames, h/w latent pixels, L text rows, D text width.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -52,13 +53,11 @@ class ClipOrder:
         keys = sorted(self._groups)
         sizes = [len(self._groups[key]) for key in keys]
         streams = {key: self._stream(key) for key in keys}
-        number = 0
-        while True:
+        for number in itertools.count():
             key = choose.choices(keys, sizes)[0]
             picked = [next(streams[key]) for _ in range(self.batch_size)]
             if number >= step:
                 yield picked
-            number += 1
 
     def _stream(self, key: tuple[int, ...]) -> Iterator[int]:
         members, shuffle = self._groups[key], random.Random(f"{self.seed}/{key}")
@@ -171,13 +170,12 @@ def training_clips(store: LatentStore, held_out: int) -> list[int]:
     where no clip is left.
     """
     first = len(store) - held_out
-    films = [
-        {(name, clip.details[name]) for name in ("file", "tensors") if name in clip.details} for clip in store.clips
-    ]
-    seen, before = set().union(*films[first:]), None
+    known_by = ("file", "tensors")
+    videos = [{(name, clip.details[name]) for name in known_by if name in clip.details} for clip in store.clips]
+    seen, before = set().union(*videos[first:]), None
     while seen != before:  # a clip that shares a hash with these may add another
-        before, seen = seen, seen.union(*(own for own in films[:first] if own & seen))
-    chosen = [i for i in range(first) if not films[i] & seen]
+        before, seen = seen, seen.union(*(own for own in videos[:first] if own & seen))
+    chosen = [i for i in range(first) if not videos[i] & seen]
     if not chosen:
         held = f"all {len(store)} clips are held out, or cut from files that are"
         raise ValueError(f"{held}: lower validation_clips, or prepare more files")

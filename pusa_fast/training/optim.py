@@ -30,8 +30,8 @@ def build_optimizers(named: Mapping[str, nn.Parameter], config: Optim) -> list[t
         lr, decay = config.muon_lr or config.lr, config.weight_decay
         muon = torch.optim.Muon(hidden.values(), lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
-    given = config.model_dump(include={"lr", "betas", "eps", "weight_decay"})
-    optimizers.append(torch.optim.AdamW(groups.values(), **given, fused=True))
+    adamw = torch.optim.AdamW(groups.values(), config.lr, config.betas, config.eps, config.weight_decay, fused=True)
+    optimizers.append(adamw)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # before a checkpoint replaces "lr" by the rate of its step

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from pusa_fast.config import DiTConfig
 from pusa_fast.data.catalog import FILES, Catalog
 from pusa_fast.data.planning import model_hashes
@@ -13,7 +11,6 @@ from pusa_fast.data.store import LatentStore
 from pusa_fast.media import open_media
 from pusa_fast.sampling import task
 from pusa_fast.training import metrics
-from pusa_fast.training.parallel import World
 from pusa_fast.training.saved import Checkpoints
 from pusa_fast.weights.pretrained import ModelFiles, model_geometry
 
@@ -35,7 +32,7 @@ def check(config: TrainConfig) -> tuple[ModelFiles, LatentStore]:
         raise FileNotFoundError(f"dit {config.dit} does not exist: give a transformer's file or folder")
     if config.out.exists() and not config.out.is_dir():
         raise NotADirectoryError(f"out {config.out} is a file: give a folder")
-    start, begun = config.lora and config.lora.start, Checkpoints(config.out, {}, 1, World(torch.device("cpu")))
+    start, begun = config.lora and config.lora.start, Checkpoints(config.out)
     if start and not start.exists() and not begun.steps():
         raise FileNotFoundError(f"lora.start {start} does not exist: give the path of a LoRA file")
     _check_samples(config, files)

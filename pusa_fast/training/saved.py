@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ from pusa_fast.training.parallel import World
 STATE, FOLDER, BEST = "state.json", "checkpoints", "best.json"
 _NAME = re.compile(r"step-(\d{6,})$")
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_HERE = World(torch.device("cpu"))  # reads alone
 _NO_ROOM = {
     errno.ENOSPC: "the disk is full: make room", errno.EDQUOT: "the disk's quota is used up: make room",
     errno.EFBIG: "a file may not be as large as this here: raise ulimit -f, or use another file system",
@@ -47,7 +50,7 @@ _NO_ROOM = {
 class Checkpoints:
     """The checkpoints of the run in `out`. One of another `identity` is refused."""
 
-    def __init__(self, out: Path, identity: Mapping[str, Any], keep: int, world: World) -> None:
+    def __init__(self, out: Path, identity: Mapping[str, Any] = _NOTHING, keep: int = 1, world: World = _HERE) -> None:
         self.folder, self.identity, self.keep, self.world = out / FOLDER, dict(identity), keep, world
 
     def steps(self) -> list[int]:
@@ -171,7 +174,7 @@ class Checkpoints:
         Empty where it has no such part. Raises ValueError where it cannot be read.
         """
         path = self.path(step)
-        with _reading(path, "to read the one before it"), _alone(World(torch.device("cpu"))):
+        with _reading(path, "to read the one before it"), _alone(_HERE):
             entries = FileSystemReader(path).read_metadata().state_dict_metadata
             tensors = {
                 name.removeprefix(f"{part}."): torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -184,18 +185,29 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return {name: stored(name, header) for name, header in slices.items()}, metadata
 
 
-def _open_pickle(path: Path) -> dict[str, Stored]:
+# What torch.load raises for a file of another kind, a truncated or a damaged one.
+_DAMAGED = (
+    RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
+
+
+def load_pickle(path: Path) -> Any:
+    """What torch saved in a file: plain tables and tensors only, mapped. Raises ValueError."""
     try:
         try:
-            state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):  # the format before torch 1.6 cannot be mapped
                 raise
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path} is damaged or not a table of tensors: {_first_line(error)}{_pointer(path)}"
-        ) from error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGED as error:
+        wrong = f"{path} is damaged or not a table of tensors"
+        raise ValueError(f"{wrong}: {_first_line(error)}{_pointer(path)}") from error
+
+
+def _open_pickle(path: Path) -> dict[str, Stored]:
+    state = load_pickle(path)
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]

@@ -1,9 +1,10 @@
-"""`prepare` with a model whose VAE and transformer have factors of their own: sizes, counts and reports follow them."""
+"""`prepare` with a model whose VAE and transformer have factors of their own: sizes, counts and
+reports follow them.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from pusa_fast import VAEConfig, WanDiT, WanVAE, video
-from pusa_fast.config import DiTConfig
+from models import unusual_model
+from pusa_fast import WanDiT, video
 from pusa_fast.data.prepare import REPORT, prepare
 from pusa_fast.data.store import LatentStore
 from pusa_fast.weights import checkpoint, keymap
@@ -21,15 +22,7 @@ from pusa_fast.weights.pretrained import find_model, model_geometry
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """nano with 4 pixels and 2 frames per latent, and a patch of 1 x 4 latents: multiples of 4 high and 16 wide."""
-    nano = find_model("nano")
-    folder = tmp_path / "model"
-    shutil.copytree(nano.vae.parent, folder)
-    vae = VAEConfig(base_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, False))
-    dit = DiTConfig(dim=12, ffn_dim=8, num_heads=1, num_layers=1, text_dim=64, freq_dim=8, patch_size=(1, 1, 4))
-    for name, config, module in (("vae", vae, WanVAE(vae)), ("dit", dit, WanDiT(dit))):
-        checkpoint.save(folder / f"{name}.safetensors", keymap.unpack(module.state_dict()), config)
-    return folder
+    return unusual_model(tmp_path / "model")
 
 
 @pytest.fixture

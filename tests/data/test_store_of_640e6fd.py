@@ -1,4 +1,6 @@
-"""A store that commit 640e6fd wrote (see tests/written_by_640e6fd/make.py): read, taken for what it is, and continued."""
+"""A store that commit 640e6fd wrote (see tests/written_by_640e6fd/make.py): read, taken for what it
+is, and continued.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def test_the_same_prepare_changes_nothing(here: Path) -> None:
 
 
 def test_more_clips_join_those_that_it_holds(here: Path) -> None:
-    """Latents of a film under another caption are copied; what was there is neither made again nor moved."""
+    """Latents of a film under another caption are copied; what was there is neither made again nor
+    moved.
+    """
     before = contents(Path("store"))
     with Path("clips", "metadata.csv").open("a") as file:
         file.write("red.mp4,a bar moves on red\n")

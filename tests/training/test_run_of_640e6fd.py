@@ -1,4 +1,6 @@
-"""A run that commit 640e6fd began (see tests/written_by_640e6fd/make.py): it goes on to what 640e6fd would have made of it."""
+"""A run that commit 640e6fd began (see tests/written_by_640e6fd/make.py): it goes on to what
+640e6fd would have made of it.
+"""
 
 from __future__ import annotations
 

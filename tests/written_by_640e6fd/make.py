@@ -1,4 +1,5 @@
-"""Makes this folder's files, with the commit of its name: `PYTHONPATH=CHECKOUT python make.py`, in an empty folder.
+"""Makes this folder's files, with the commit of its name: `PYTHONPATH=CHECKOUT python make.py`, in
+an empty folder.
 
 clips/                 what `prepare` was given: two videos of 9 frames, two pictures and their captions
 store/                 what it wrote: six clips of two shapes
