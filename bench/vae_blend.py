@@ -1,8 +1,9 @@
 """Blending decoded tiles into frames on the CPU: the reference's formulation in plain torch, and ours.
 
-81 frames of 480x832 from the reference's tiles, (30, 52) at strides of (15, 26) in latent pixels, in bf16. The reference
-(docs/reference.md, 6.2; diffsynth `tiled_decode`, then `tensor2video`) adds tiles and masks up in bf16, channels before
-frames, divides, clamps, and goes through float32 to uint8. Both start from decoded tiles, in the layout of their own VAE.
+81 frames of 480x832 from the reference's tiles, (30, 52) at strides of (15, 26) in latent pixels, in
+bf16. The reference (docs/reference.md, 6.2; diffsynth `tiled_decode`, then `tensor2video`) adds tiles
+and masks in bf16, channels before frames, divides, clamps, and goes through float32 to uint8. Both
+start from decoded tiles, in the layout of their own VAE.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from bench.timing import Run, measure, ratio, significant, spread
-from pusa_fast.model.vae.blending import Blend
+from pusa_fast import ops
+from pusa_fast.model.vae.blending import blend
 from pusa_fast.model.vae.tiling import Tiling, tile_spans
 
 CPU = torch.device("cpu")
@@ -72,27 +74,28 @@ def reference(case: Case, tiles: Sequence[Tensor]) -> Tensor:
     return ((values[0].permute(1, 2, 3, 0).float() + 1) * 127.5).clip(0, 255).to(torch.uint8)
 
 
-def ours(case: Case, tiles: Sequence[Tensor], backend: str | None = None) -> Tensor:
+def ours(case: Case, tiles: Sequence[Tensor]) -> Tensor:
     """Tiles [1, T, th, tw, 3] -> uint8 [T, H, W, 3]."""
-    size = (case.frames, case.height * _SCALE, case.width * _SCALE, 3)
-    blend = Blend(*size, case.borders, CPU, tiles[0].dtype, backend)
-    for tile, (top, _, left, _) in zip(tiles, case.places(), strict=True):
-        blend.add(tile, [top], [left])
-    return blend.frames(round=False)
+    decoded = iter(tiles)
+    out = torch.empty(case.frames, case.height * _SCALE, case.width * _SCALE, 3, dtype=torch.uint8)
+    blend(torch.empty(1, case.height, case.width, 1), lambda _: next(decoded), out, case.tiling, 1, _SCALE)
+    return out
 
 
 def run(quick: bool = False) -> dict[str, Any]:
     """{"blend_speedup", "reference_s", "ours_s", "levels_off", "reference_levels_off", ..}: seconds as medians with p20 and p80.
 
-    Before anything is timed our frames are compared with the same formula in float32 torch: RuntimeError where a level is more
-    than one off. How far the reference is off is its rounding to bf16 between tiles.
+    Before anything is timed our frames are compared with the same formula in float32 torch:
+    RuntimeError where a level is more than one off. The reference is off by its rounding to bf16
+    between tiles.
     """
     case = QUICK if quick else FULL
     generator = torch.Generator().manual_seed(0)
     shapes = [(case.frames, bottom - top, right - left, 3) for top, bottom, left, right in case.places()]
     tiles = [torch.empty(shape).normal_(0, 0.5, generator=generator).to(torch.bfloat16)[None] for shape in shapes]
     theirs = [tile.permute(0, 4, 1, 2, 3).contiguous() for tile in tiles]
-    exact = ours(case, tiles, "torch").int()
+    with ops.use("reference"):
+        exact = ours(case, tiles).int()
     levels_off, reference_off = (
         int((frames.int() - exact).abs().max()) for frames in (ours(case, tiles), reference(case, theirs))
     )

@@ -4,7 +4,7 @@
 
 namespace pusa {
 
-// Adds the tile plan and the passes over tiles and frames to the module.
+// Adds blend_box to the module.
 void bind_vae_tiling(pybind11::module_& m);
 
 }  // namespace pusa

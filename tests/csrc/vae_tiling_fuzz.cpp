@@ -1,11 +1,12 @@
-// Random plans for the CPU's tiling, run under sanitizers by test_vae_tiling_native.py: `fuzz ISA ROUNDS`. Every buffer
-// is exactly as long as what it holds, so that one element too far is seen.
+// Random boxes of random tiles, run under sanitizers by test_vae_tiling_native.py: `fuzz ISA ROUNDS`. Every buffer is
+// exactly as long as what it holds, so that one element too far is seen. Results are compared with the definition, and
+// where PUSA_EMULATED is defined, bit for bit with those of the CUDA kernel, compiled against cuda_on_cpu.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <random>
 #include <vector>
 
@@ -18,7 +19,6 @@ int current_isa() { return chosen; }
 
 namespace {
 
-using pusa::Clip;
 using pusa::Element;
 
 std::mt19937_64 generator(20261123);
@@ -29,68 +29,121 @@ std::int64_t draw(std::int64_t low, std::int64_t high) {
 
 std::int64_t size_of(Element type) { return type == Element::float32 ? 4 : (type == Element::uint8 ? 1 : 2); }
 
-// A clip in memory of its own; `loose`: with gaps between pixels, rows and frames, but none at the end.
-struct Owned {
-  std::unique_ptr<char[]> memory;
-  Clip clip;
+// [T, H, W, C] with gaps between rows and frames, and none at the end; its values are `number` of 0 .. 62.
+struct Array {
+  Element type;
+  std::int64_t frame, row;
+  std::vector<char> memory;
 
-  Owned(Element type, std::int64_t T, std::int64_t H, std::int64_t W, std::int64_t C, bool loose) {
-    const std::int64_t pixel = C + (loose ? draw(0, 2) : 0), row = W * pixel + (loose ? draw(0, 3) : 0);
-    const std::int64_t frame = H * row + (loose ? draw(0, 3) : 0);
-    const std::int64_t bytes = ((T - 1) * frame + (H - 1) * row + (W - 1) * pixel + C) * size_of(type);
-    memory.reset(new char[static_cast<std::size_t>(bytes)]);
-    for (std::int64_t i = 0; i < bytes; ++i) memory[static_cast<std::size_t>(i)] = static_cast<char>(draw(0, 62));
-    clip = {memory.get(), type, T, H, W, C, frame, row, pixel};
+  Array(Element type_, std::int64_t T, std::int64_t H, std::int64_t W, std::int64_t C) : type(type_) {
+    row = W * C + draw(0, 3);
+    frame = H * row + draw(0, 3);
+    memory.resize(static_cast<std::size_t>(((T - 1) * frame + (H - 1) * row + W * C) * size_of(type)));
+    memory.shrink_to_fit();
+    for (std::int64_t i = 0; i < static_cast<std::int64_t>(memory.size()) / size_of(type); ++i) set(i, draw(-16, 16));
+  }
+
+  // Multiples of 1/16, exact in every type.
+  void set(std::int64_t i, std::int64_t sixteenths) {
+    const float value = static_cast<float>(sixteenths) / 16;
+    const _Float16 half = static_cast<_Float16>(value);
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const auto upper = static_cast<std::uint16_t>(bits >> 16);
+    const auto level = static_cast<std::uint8_t>(sixteenths + 16);
+    const void* from = type == Element::float32
+                           ? static_cast<const void*>(&value)
+                           : (type == Element::float16 ? static_cast<const void*>(&half)
+                                                       : (type == Element::uint8 ? static_cast<const void*>(&level)
+                                                                                 : static_cast<const void*>(&upper)));
+    std::memcpy(memory.data() + i * size_of(type), from, static_cast<std::size_t>(size_of(type)));
+  }
+
+  double get(std::int64_t i) const {
+    const char* at = memory.data() + i * size_of(type);
+    float value;
+    _Float16 half;
+    std::uint16_t upper;
+    if (type == Element::uint8) return static_cast<std::uint8_t>(*at);
+    if (type == Element::float32) return std::memcpy(&value, at, 4), value;
+    if (type == Element::float16) return std::memcpy(&half, at, 2), static_cast<double>(half);
+    std::memcpy(&upper, at, 2);
+    const std::uint32_t bits = std::uint32_t{upper} << 16;
+    return std::memcpy(&value, &bits, 4), value;
   }
 };
+
+double weight(std::int64_t i, std::int64_t size, std::int64_t start, std::int64_t length, std::int64_t border) {
+  if (start + size < length && size - i <= border) return static_cast<double>(size - i) / static_cast<double>(border);
+  return start > 0 && i < border ? static_cast<double>(i + 1) / static_cast<double>(border) : 1.0;
+}
 
 [[noreturn]] void fail(const char* what) {
   std::printf("%s\n", what);
   std::exit(1);
 }
 
-void round() {
-  const std::int64_t H = draw(1, 40), W = draw(1, 40), T = draw(1, 3), C = draw(1, 5);
-  const std::int64_t tile_h = draw(1, 45), tile_w = draw(1, 45), stride_h = draw(1, tile_h), stride_w = draw(1, tile_w);
-  const auto type = static_cast<Element>(draw(0, 2)), out_type = static_cast<Element>(draw(0, 3));
-  const std::int64_t border_h = tile_h - stride_h, border_w = draw(0, 60);
-  const int threads = static_cast<int>(draw(1, 3));
-  const auto plan = pusa::tile_plan(H, W, tile_h, tile_w, stride_h, stride_w);
-
-  Owned sums(Element::float32, T, H, W, C, false), out(out_type, T, H, W, C, true), once(out_type, T, H, W, C, true);
-  const Owned source(type, T, H, W, C, true);
-  std::vector<float> weight(static_cast<std::size_t>(H * W), 0.0f);
-  std::vector<Owned> tiles;
-  std::vector<pusa::PlacedTile> placed;
-  for (const pusa::TileSpan& span : plan) {
-    tiles.emplace_back(type, T, span.bottom - span.top, span.right - span.left, C, false);
-    const Clip& clip = tiles.back().clip;
-    placed.push_back({clip, span.top, span.left});
-    const pusa::TileBatch batch{clip, 0, 1, &span.top, &span.left};
-    pusa::run(pusa::GatherTiles{batch, source.clip, size_of(type)}, threads);
-    pusa::run(pusa::BlendTiles{batch, sums.clip, weight.data(), border_h, border_w}, threads);
-  }
-  for (const float w : weight) {
-    if (!(w > 0)) fail("a pixel has no weight");
-  }
-  const bool clamp = draw(0, 1) == 1, nearest = draw(0, 1) == 1;
-  pusa::run(pusa::FinishFrames{sums.clip, out.clip, weight.data(), clamp, nearest}, threads);
-  pusa::run(placed, border_h, border_w, once.clip, clamp, nearest, threads);
-  pusa::run(pusa::FinishFrames{source.clip, out.clip, nullptr, clamp, nearest}, threads);
-  if (out_type != Element::uint8) return;
-  // Tiles of one picture give it back.
-  for (std::int64_t t = 0; t < T; ++t) {
-    for (std::int64_t y = 0; y < H; ++y) {
-      for (std::int64_t x = 0; x < W; ++x) {
-        for (std::int64_t c = 0; c < C; ++c) {
-          const auto level = [&](const Clip& clip) {
-            return int{static_cast<const std::uint8_t*>(clip.data)[t * clip.frame + y * clip.row + x * clip.pixel + c]};
-          };
-          if (std::abs(level(out.clip) - level(once.clip)) > 1) fail("a picture did not come back");
-        }
-      }
+void compare(const pusa::BlendBox& a, const std::vector<Array>& arrays, const Array& out) {
+  for (std::int64_t n = 0; n < a.frames * a.height * a.width * a.channels; ++n) {
+    const std::int64_t c = n % a.channels, x = n / a.channels % a.width;
+    const std::int64_t y = n / a.channels / a.width % a.height, t = n / a.channels / a.width / a.height;
+    double sum = 0, total = 0;
+    for (int k = 0; k < a.count; ++k) {
+      const pusa::Tile& tile = a.tiles[k];
+      const std::int64_t i = a.top + y - tile.top, j = a.left + x - tile.left;
+      if (i < 0 || j < 0 || i >= tile.height || j >= tile.width) continue;
+      const double mask = std::min(weight(i, tile.height, tile.top, a.picture_height, a.border_h),
+                                   weight(j, tile.width, tile.left, a.picture_width, a.border_w));
+      sum += mask * arrays[static_cast<std::size_t>(k)].get(t * tile.frame + i * tile.row + j * a.channels + c);
+      total += mask;
+    }
+    const double found = out.get(t * a.frame + y * a.row + x * a.channels + c), wanted = sum / total;
+    const bool levels = a.out_type == Element::uint8;
+    if (total == 0) {
+      if (levels ? found != 0 : !std::isnan(found)) fail("a pixel of no tile has a value");
+    } else if (levels ? std::abs(found - (wanted + 1) * 127.5) > 1.001 : std::abs(found - wanted) > 0.005) {
+      fail("a value is not that of the definition");
     }
   }
+}
+
+void round() {
+  pusa::BlendBox a{};
+  a.type = static_cast<Element>(draw(0, 2));
+  a.out_type = static_cast<Element>(draw(0, 3));
+  a.frames = draw(0, 9) ? draw(1, 3) : 33;  // more than share a task
+  a.channels = draw(0, 2) ? 3 : draw(1, 16);
+  a.picture_height = draw(1, 20);
+  a.picture_width = draw(1, 40);
+  a.border_h = draw(0, 8);
+  a.border_w = draw(0, 60);
+  a.height = draw(1, a.picture_height);
+  a.width = draw(1, a.picture_width);
+  a.top = draw(0, a.picture_height - a.height);
+  a.left = draw(0, a.picture_width - a.width);
+  a.clamp = draw(0, 1) == 1;
+  a.round = draw(0, 1) == 1;
+  std::vector<Array> arrays;
+  for (std::int64_t n = draw(0, 9) ? draw(1, 6) : pusa::kMostTiles; n > 0; --n) {
+    const std::int64_t height = draw(1, a.picture_height), width = draw(1, a.picture_width);
+    const Array& array = arrays.emplace_back(a.type, a.frames, height, width, a.channels);
+    a.tiles[a.count++] = {array.memory.data(), array.frame, array.row, draw(0, a.picture_height - height),
+                          draw(0, a.picture_width - width), height, width};
+  }
+  Array out(a.out_type, a.frames, a.height, a.width, a.channels);
+  a.frame = out.frame;
+  a.row = out.row;
+#if defined(PUSA_EMULATED)
+  Array other(out);
+  a.out = other.memory.data();
+  pusa::cuda::run(a, 0, nullptr);
+#endif
+  a.out = out.memory.data();
+  pusa::run(a, static_cast<int>(draw(1, 3)));
+  compare(a, arrays, out);
+#if defined(PUSA_EMULATED)
+  if (out.memory != other.memory) fail("CPU and CUDA differ");
+#endif
 }
 
 }  // namespace

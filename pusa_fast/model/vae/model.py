@@ -1,13 +1,14 @@
-"""The Wan2.1 causal video VAE: 8x8x4 compression, 16 latent channels, any clip length, whole or in tiles.
+"""The causal video VAE: 8x8x4 compression, any clip length, whole or in tiles.
 
-Shapes: B batch, C channels, T frames (4k+1 pixels, or latent frames F = 1 + (T-1)/4), H/W pixels, h/w latent pixels.
-Frame t sees frames <= t only, so a clip passes in pieces of any length with the same result (`vae_stages`), and frames
-leave while later ones are still to come. Source: Wan2.1 wan/modules/vae.py; parameter names are its own.
+Shapes: B batch, C channels, T frames of pixels (4k+1), F = 1 + (T-1)/4 latent frames, H/W pixels, h/w
+latent pixels. Frame t sees frames <= t only, so a clip passes in pieces of any length with the same
+result (`stages`), and frames leave while later ones are still to come. Source: Wan2.1
+wan/modules/vae.py; parameter names are its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from pusa_fast.config import VAEConfig
 from pusa_fast.device import total_memory
 from pusa_fast.model.vae import memory as vae_memory
-from pusa_fast.model.vae.blending import finish_frames
 from pusa_fast.model.vae.layers import CausalConv3d, Decoder, Encoder
 from pusa_fast.model.vae.modes import MODES, Clip, Finish, Runner, join
 from pusa_fast.model.vae.stages import decoder_stages, encoder_stages
@@ -24,8 +24,8 @@ from pusa_fast.model.vae.stream import pointwise
 from pusa_fast.model.vae.tiling import Tiling
 from pusa_fast.ops.vae import can_add
 
-# The largest activation of a piece. On the CPU it should stay in the caches, and below what malloc takes from the
-# system anew each time; on a GPU it should be long enough to keep all processors busy at latent resolution.
+# The largest activation of a piece. On the CPU it should stay in the caches, and be small enough for
+# malloc to reuse; on a GPU it should keep all processors busy at latent resolution.
 _CHUNK_BYTES_CPU = 32 << 20
 _CHUNK_SHARE_CUDA = 64
 _MOST_ELEMENTS = 1 << 30  # beyond 2^31 elements cuDNN falls back to slow code
@@ -34,8 +34,8 @@ _MOST_ELEMENTS = 1 << 30  # beyond 2^31 elements cuDNN falls back to slow code
 class WanVAE(nn.Module):
     """Video <-> normalised latents. `encode` and `decode` stream; `encode_moments`/`decode_whole` are for training.
 
-    `chunk_bytes`: size of the largest activation of a piece, which decides how many frames run together. None: 32 MiB on the
-    CPU, 1/64 of a GPU's memory. Results are the same for any.
+    `chunk_bytes`: size of the largest activation of a piece, which decides how many frames run
+    together. None: 32 MiB on the CPU, 1/64 of a GPU's memory. Results are the same for any.
     """
 
     def __init__(self, config: VAEConfig | None = None) -> None:
@@ -68,8 +68,8 @@ class WanVAE(nn.Module):
     def encode(self, video: Tensor, tiling: Tiling | None = None) -> Tensor:
         """Mean of the posterior, normalised per channel.
 
-        video [B, 3, T, H, W] in [-1, 1], T = 4k+1, H and W multiples of 8 -> [B, z_dim, F, H/8, W/8] in video's dtype.
-        Raises ValueError for other shapes. `tiling`: see `Tiling`; its sizes are latent pixels.
+        video [B, 3, T, H, W] in [-1, 1], T = 4k+1, H and W multiples of 8 -> [B, z_dim, F, H/8, W/8]
+        in video's dtype. Raises ValueError for other shapes. `tiling`: see `Tiling`.
         """
         s = self.config.spatial_factor
         if video.ndim != 5 or video.shape[1] != 3 or not video.shape[0]:
@@ -80,36 +80,30 @@ class WanVAE(nn.Module):
         mean, std = self._statistics()
 
         def normalised(head: Tensor) -> Tensor:
-            return ((pointwise(self.conv1, head.to(self.dtype), self.config.z_dim) - mean) / std).to(video.dtype)
+            return ((pointwise(self.conv1, head, self.config.z_dim) - mean) / std).to(video.dtype)
 
         tiling = self.resolve("encode", tuple(video.shape), tiling)
         x = video.to(self.device).permute(0, 2, 3, 4, 1)
-        finish = Finish(normalised, lambda blended: normalised(blended.values(clamp=False)))
-        z = join(self._run("encode", x, clip, tiling, finish), clip.latents)
+        z = join(self._run("encode", x, clip, tiling, Finish(self.dtype), normalised), clip.latents)
         return z.permute(0, 4, 1, 2, 3).contiguous()
 
     @torch.no_grad()
     def decode(self, z: Tensor, tiling: Tiling | None = None) -> Tensor:
-        """[B, z_dim, F, h, w] normalised latents -> video [B, 3, 1 + 4(F-1), 8h, 8w], clamped to [-1, 1], in z's dtype.
+        """[B, z_dim, F, h, w] normalised latents -> video [B, 3, 1 + 4(F-1), 8h, 8w] in [-1, 1], in z's dtype.
 
-        The result lies channels-last in memory. Raises ValueError for another number of channels or an empty clip.
+        The result is channels-last in memory. Raises ValueError for another number of channels or an
+        empty clip.
         """
-        finish = Finish(
-            lambda piece: piece.clamp(-1, 1).to(z.dtype), lambda blended: blended.values(clamp=True).to(z.dtype)
-        )
-        pieces = self._decode(z, tiling, finish)
+        pieces = self._decode(z, tiling, Finish(z.dtype, clamp=True))
         return join(pieces, 1 + self.config.temporal_factor * (z.shape[2] - 1)).permute(0, 4, 1, 2, 3)
 
     def decode_frames(self, z: Tensor, tiling: Tiling | None = None, rounded: bool = False) -> Iterator[Tensor]:
         """As `decode`, but uint8 frames [B, t, 8h, 8w, 3], piece by piece in order, on the VAE's device.
 
-        (x + 1) * 127.5, truncated as the reference does, or `rounded`. In tiles there is one piece, the whole clip.
+        (x + 1) * 127.5, truncated as in the reference, or `rounded`. In tiles there is one piece, the
+        whole clip.
         """
-
-        def levels(piece: Tensor) -> Tensor:
-            return torch.unflatten(finish_frames(piece.flatten(0, 1), rounded), 0, piece.shape[:2])
-
-        return self._decode(z, tiling, Finish(levels, lambda blended: blended.frames(rounded)), frames=True)
+        return self._decode(z, tiling, Finish(torch.uint8, rounded=rounded), frames=True)
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, not normalised, of a clip [B, 3, T, H, W] in one piece, with gradients."""
@@ -122,7 +116,7 @@ class WanVAE(nn.Module):
         return out
 
     def runner(self, kind: str) -> Runner:
-        """The "encode" or "decode" runner, as `vae_modes` runs it."""
+        """The "encode" or "decode" runner for `modes`."""
         stages = encoder_stages(self.encoder) if kind == "encode" else decoder_stages(self.decoder)
         adds = can_add(self.device, self.dtype) if self.adds is None else self.adds
         chunk_bytes = min(self.chunk_bytes or default_chunk_bytes(self.device), _MOST_ELEMENTS * self.dtype.itemsize)
@@ -139,8 +133,17 @@ class WanVAE(nn.Module):
             x = pointwise(self.conv2, (z.to(self.device).permute(0, 2, 3, 4, 1) * std + mean).to(self.dtype))
         return self._run("decode", x, clip, tiling, finish)
 
-    def _run(self, kind: str, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Finish) -> Iterator[Tensor]:
+    def _run(
+        self,
+        kind: str,
+        x: Tensor,
+        clip: Clip,
+        tiling: Tiling | None,
+        finish: Finish,
+        then: Callable[[Tensor], Tensor] | None = None,
+    ) -> Iterator[Tensor]:
         pieces = MODES["whole" if tiling is None else tiling.mode](self.runner(kind), x, clip, tiling, finish)
+        pieces = pieces if then is None else map(then, pieces)
         while True:
             with _alone(self.device):  # for each piece: between them the caller's modes are in force
                 piece = next(pieces, None)
@@ -150,11 +153,11 @@ class WanVAE(nn.Module):
             del piece
 
     def resolve(self, kind: str, shape: tuple[int, ...], tiling: Tiling | None, frames: bool = False) -> Tiling | None:
-        """What `tiling` means to "encode" or "decode" a tensor of this shape: None (whole), or tiles. See `vae_memory.resolve`."""
+        """What `tiling` means to "encode" or "decode" a tensor of this shape: None (whole), or tiles. See `memory.resolve`."""
         return vae_memory.resolve(self, kind, shape, tiling, frames)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, [C] in float32: runner-precision latents are promoted by them."""
+        """Mean and standard deviation of the latents, [C] in float32, to which they promote latents of the VAE's dtype."""
         mean, std = (
             torch.tensor(s, device=self.device, dtype=torch.float32)
             for s in (self.config.latents_mean, self.config.latents_std)
@@ -164,7 +167,7 @@ class WanVAE(nn.Module):
 
 @contextmanager
 def _alone(device: torch.device) -> Iterator[None]:
-    """Without gradients, and whatever autocast or inference mode the caller is in: pieces pass from one of its contexts to another."""
+    """Without gradients, autocast and inference mode: a piece may be made in one of the caller's contexts and used in another."""
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
         if torch.amp.is_autocast_available(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))

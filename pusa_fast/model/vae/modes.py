@@ -1,28 +1,28 @@
 """The ways to run one half of the VAE over a clip: whole, in exact tiles, or in feathered tiles.
 
-`exact`: latent resolution runs whole, and the rest box by box, each stage on as many pixels more as it looks beyond its
-box; nothing is blended, the result is that of the whole clip. `feather`: as the reference, tiles run as if they were
-pictures of their own and are blended.
+`exact`: latent resolution runs whole, the rest box by box. Each stage runs on as many more pixels
+as it looks beyond its box, so nothing is blended and the result is that of the whole clip.
+`feather`: as in the reference, tiles run as if they were pictures of their own and are blended.
 
-Clips are [B, T, H, W, C]. What comes out are pieces [B, t, H', W', C'] in order.
+Clips are [B, T, H, W, C]. Results are pieces [B, t, H', W', C'] in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pusa_fast.model.vae.blending import Blend, blend
+from pusa_fast.model.vae.blending import blend
 from pusa_fast.model.vae.layers import Head
-from pusa_fast.model.vae.stages import Box, Stage, crop, flow, full, overcompute, trace
+from pusa_fast.model.vae.stages import Stage, crop, flow, full, overcompute, trace
 from pusa_fast.model.vae.stream import Stream
-from pusa_fast.model.vae.tiling import Tiling, tile_spans
+from pusa_fast.model.vae.tiling import Box, Tiling
+from pusa_fast.ops.tiles import Tile, blend_box_
 
 Pieces = Iterator[Tensor]
-
 
 # Tiles smaller than this are run several at a time.
 _BATCH_LATENT_PIXELS = 256
@@ -38,10 +38,23 @@ class Clip:
 
 @dataclass(frozen=True)
 class Finish:
-    """What becomes of the last layer's output: a piece [B, t, H, W, C], or a clip blended of tiles, to [T, H, W, C']."""
+    """What the last layer's output becomes: see `ops.tiles.blend_box_`."""
 
-    piece: Callable[[Tensor], Tensor]
-    blend: Callable[[Blend], Tensor]
+    dtype: torch.dtype
+    clamp: bool = False
+    rounded: bool = False
+
+    def piece(self, piece: Tensor) -> Tensor:
+        """[B, t, H, W, C], finished; itself if there is nothing to do."""
+        if piece.dtype == self.dtype and not self.clamp:
+            return piece
+        return self.place(piece, piece.new_empty(piece.shape, dtype=self.dtype))
+
+    def place(self, piece: Tensor, out: Tensor) -> Tensor:
+        """The same, written to `out`, which is returned."""
+        for item, result in zip(piece, out, strict=True):
+            blend_box_(result, [Tile(item)], clamp=self.clamp, rounded=self.rounded)
+        return out
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ class Runner:
         return self.stages[1:] if self.decodes else self.stages[:-1]
 
     def run(self, stages: Sequence[Stage], x: Tensor, clip: Clip, box: Box | None = None) -> Pieces:
-        """`box` of the result of consecutive stages, all of it by default; x is all of their input."""
+        """`box` of the result of consecutive stages (default: all); x is the whole input, which is not written to."""
         scale = stages[-1].scale[1]
         box = box or full(clip.size[0] * scale, clip.size[1] * scale)
         route = trace(stages, box, clip.size)
@@ -86,8 +99,7 @@ class Runner:
         if tiling is None:
             return 1.0
         if tiling.mode == "exact":
-            boxes = exact_boxes(size, tiling, self.outer[-1].scale[1])
-            return overcompute(self.outer, boxes, size, self.inner)
+            return overcompute(self.outer, tiling.boxes(size, self.outer[-1].scale[1]), size, self.inner)
         return tiling.coverage(*size)
 
     def frames(self, stages: Sequence[Stage], clip: Clip) -> int:
@@ -96,7 +108,7 @@ class Runner:
 
 
 def join(pieces: Pieces, frames: int) -> Tensor:
-    """Pieces [.., t, H, W, C] as one tensor of `frames` frames, written where they belong as they come."""
+    """Pieces [.., t, H, W, C] as one tensor of `frames` frames, each written to its place as it comes."""
     out: Tensor | None = None
     start = 0
     for piece in pieces:
@@ -110,50 +122,34 @@ def join(pieces: Pieces, frames: int) -> Tensor:
 
 
 def _whole(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Finish) -> Pieces:
-    for piece in runner.run(runner.stages, x, clip):
-        yield finish.piece(piece)
+    yield from map(finish.piece, runner.run(runner.stages, x, clip))
 
 
 def _exact(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Finish) -> Pieces:
     assert tiling is not None
-    if not runner.decodes:
-        features = _in_boxes(runner, x, clip, tiling, lambda piece: piece)
+    if runner.decodes:
+        features = join(runner.run(runner.inner, x, clip), clip.latents)
+        yield _in_boxes(runner, features, clip, tiling, finish)
+    else:
+        features = _in_boxes(runner, x, clip, tiling, None)
         yield from map(finish.piece, runner.run(runner.inner, features, clip))
-        return
-    features = join(runner.run(runner.inner, x, clip), clip.latents)
-    yield _in_boxes(runner, features, clip, tiling, finish.piece)
 
 
-def _in_boxes(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling, finish: Callable[[Tensor], Tensor]) -> Tensor:
-    """The outer stages, box by box: each with pieces and a memory of its own."""
+def _in_boxes(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling, finish: Finish | None) -> Tensor:
+    """The outer stages, box by box, each with its own pieces and its own memory of them."""
     scale = runner.outer[-1].scale[1]
     out: Tensor | None = None
-    boxes: Iterable[Box] = exact_boxes(clip.size, tiling, scale)
-    if x.is_meta:  # all take alike: the largest stands for them, a second time beside the result
-        boxes = 2 * [max(boxes, key=lambda box: _area(trace(runner.outer, box, clip.size).sources[0]))]
-    for box in boxes:
+    for box in tiling.boxes(clip.size, scale):
         start = 0
         for piece in runner.run(runner.outer, x, clip, box):
-            part = finish(piece)
+            finish = finish or Finish(piece.dtype)
             if out is None:
                 size = (runner.frames(runner.outer, clip), clip.size[0] * scale, clip.size[1] * scale)
-                out = part.new_empty(part.shape[0], *size, part.shape[-1])
-            crop(out, box)[:, start : start + part.shape[1]] = part
-            start += part.shape[1]
+                out = piece.new_empty(len(piece), *size, piece.shape[-1], dtype=finish.dtype)
+            finish.place(piece, crop(out, box)[:, start : start + piece.shape[1]])
+            start += piece.shape[1]
     assert out is not None
     return out
-
-
-def _area(box: Box) -> int:
-    (top, bottom), (left, right) = box
-    return (bottom - top) * (right - left)
-
-
-def exact_boxes(size: tuple[int, int], tiling: Tiling, scale: int) -> Iterator[Box]:
-    """Boxes side by side that cover a picture of `size` latent pixels, in units of 1/`scale` latent pixel."""
-    for top, bottom in tile_spans(size[0], tiling.tile[0], tiling.tile[0]):
-        for left, right in tile_spans(size[1], tiling.tile[1], tiling.tile[1]):
-            yield (top * scale, bottom * scale), (left * scale, right * scale)
 
 
 def _feather(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finish: Finish) -> Pieces:
@@ -165,16 +161,12 @@ def _feather(runner: Runner, x: Tensor, clip: Clip, tiling: Tiling | None, finis
         size = (tiles.shape[2] // first, tiles.shape[3] // first)
         return join(runner.run(runner.stages, tiles, Clip(clip.latents, size)), frames)
 
-    pixels = tiling.tile[0] * tiling.tile[1]
-    batch = max(1, _BATCH_LATENT_PIXELS // pixels)
-
-    def blended(clip: Tensor) -> Tensor:
-        (result,) = blend(
-            clip, run, frames, tiling, in_scale=first, out_scale=last, channels=runner.channels, batch=batch
-        )
-        return finish.blend(result)[None]
-
-    yield torch.cat([blended(clip) for clip in torch.split(x, 1)]) if len(x) > 1 else blended(x)
+    size = (frames, clip.size[0] * last, clip.size[1] * last, runner.channels)
+    batch = max(1, _BATCH_LATENT_PIXELS // (tiling.tile[0] * tiling.tile[1]))
+    out = x.new_empty(len(x), *size, dtype=finish.dtype)
+    for item, result in zip(x, out, strict=True):
+        blend(item, run, result, tiling, first, last, batch, finish.clamp, finish.rounded)
+    yield out
 
 
 MODES: dict[str, Callable[[Runner, Tensor, Clip, Tiling | None, Finish], Pieces]] = {

@@ -23,9 +23,7 @@ from pusa_fast.model.vae.layers import (
     Upsample,
 )
 from pusa_fast.model.vae.stream import Stream, Sum, run
-
-Span = tuple[int, int]
-Box = tuple[Span, Span]  # rows, columns
+from pusa_fast.model.vae.tiling import Box, Span
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,8 @@ class Stage:
 
     def working_area(self, source: Box) -> int:
         """Pixels at the working resolution, for a box of the input."""
-        (top, bottom), (left, right) = source
         before, after = self.scale
-        return (bottom - top) * (right - left) * max(1, after // before) ** 2
+        return area(source) * max(1, after // before) ** 2
 
     def latents_per_piece(self, source: Box, item_bytes: int, chunk_bytes: int) -> int:
         """How many latent frames to run together, so that an activation stays within `chunk_bytes`; at least one."""
@@ -131,6 +128,11 @@ def _stages(groups: list[list[nn.Module]], rate: int, scale: int) -> list[Stage]
 
 def full(height: int, width: int) -> Box:
     return (0, height), (0, width)
+
+
+def area(box: Box) -> int:
+    (top, bottom), (left, right) = box
+    return (bottom - top) * (right - left)
 
 
 @dataclass(frozen=True)

@@ -200,16 +200,8 @@ def _frame_attention(layer: FrameAttention, value: Sum, stream: Stream) -> Sum:
     normed = stream.room(value.shape, value.any)
     x = value.normalise(layer.norm.gamma, normed, silu=False)
     qkv = pointwise(layer.to_qkv, normed).view(B * T, 1, H * W, 3 * C)
-    return Sum(x, pointwise(layer.proj, _attend(*qkv.chunk(3, dim=-1)).view(B, T, H, W, C)))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # On meta torch would take the unfused form, with its matrix of scores.
-    return (
-        torch.empty_like(q, memory_format=torch.contiguous_format)
-        if q.is_meta
-        else nnf.scaled_dot_product_attention(q, k, v)
-    )
+    attended = nnf.scaled_dot_product_attention(*qkv.chunk(3, dim=-1)).view(B, T, H, W, C)
+    return Sum(x, pointwise(layer.proj, attended))
 
 
 def _downsample(layer: Downsample, value: Sum, stream: Stream) -> Sum:

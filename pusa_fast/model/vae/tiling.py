@@ -1,6 +1,6 @@
-"""How the VAE is to work in tiles, and where the tiles lie.
+"""How the VAE works in tiles, and where they are.
 
-The plan is the reference's (diffsynth/models/wan_video_vae.py, `tiled_encode` and `tiled_decode`); `blending` follows it.
+The plan is the reference's (diffsynth/models/wan_video_vae.py, `tiled_encode` and `tiled_decode`).
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ from types import MappingProxyType
 
 MODES = ("feather", "exact", "auto")
 
+Span = tuple[int, int]  # start and stop along one axis
+Box = tuple[Span, Span]  # rows, columns
+
 
 @dataclass(frozen=True)
 class Tiling:
     """How the VAE works in tiles, to bound memory; sizes (height, width) are latent pixels.
 
-    "feather": tiles at every `stride` run as pictures of their own and are blended, as the reference does: seams and colours
-    may shift a little. "exact": tiles side by side (`stride` is not used) see as much of their surroundings as they depend
-    on: the result is that of the whole picture. "auto": see `Tiling.auto`.
-    Raises ValueError for sizes below one, a stride larger than its tile (pixels would be left out) or an unknown mode.
+    "feather": tiles at every `stride` run as pictures of their own and are blended, as in the
+    reference: seams and colours may shift a little. "exact": adjacent tiles (`stride` is not used)
+    see as much of their surroundings as they depend on, so the result is that of the whole picture.
+    "auto": see `Tiling.auto`. Raises ValueError for sizes below one, a stride larger than its tile
+    (pixels would be left out) or an unknown mode.
     """
 
     tile: tuple[int, int] = (30, 52)
@@ -31,7 +35,8 @@ class Tiling:
     def auto(cls, memory: int | None = None) -> Tiling:
         """Whole where that fits into `memory` bytes, else the largest exact tiles that do.
 
-        None: four fifths of the device's memory, less the weights (in a Pipeline, those of all its parts).
+        None: four fifths of the device's memory, less the weights (in a Pipeline, those of all its
+        parts).
         """
         return cls(mode="auto", memory=memory)
 
@@ -52,6 +57,14 @@ class Tiling:
                 f"Tiling.memory={self.memory} must be a positive number of bytes, and goes with mode 'auto' only"
             )
 
+    def boxes(self, size: tuple[int, int], scale: int) -> list[Box]:
+        """Exact tiles of a picture of `size` latent pixels, in units of 1/`scale` latent pixel."""
+        rows, columns = (
+            [(start * scale, stop * scale) for start, stop in tile_spans(length, tile, tile)]
+            for length, tile in zip(size, self.tile, strict=True)
+        )
+        return [(down, across) for down in rows for across in columns]
+
     def coverage(self, height: int, width: int) -> float:
         """Pixels of all feathered tiles over those of a picture."""
         rows, columns = (
@@ -61,8 +74,8 @@ class Tiling:
         return rows * columns / (height * width)
 
 
-def tile_spans(length: int, tile: int, stride: int) -> list[tuple[int, int]]:
-    """(start, stop) of the tiles along one axis; the last one may be shorter, none lies wholly inside its predecessor."""
+def tile_spans(length: int, tile: int, stride: int) -> list[Span]:
+    """The tiles along one axis. The last one may be shorter; none is wholly inside its predecessor."""
     starts = [p for p in range(0, length, stride) if p < stride or p - stride + tile < length]
     return [(p, min(p + tile, length)) for p in starts]
 

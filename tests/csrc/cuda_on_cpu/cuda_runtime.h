@@ -1,33 +1,22 @@
-// As much of CUDA as csrc/vae_tiling.cu uses, on the CPU: a block's threads are threads, which meet at __syncthreads,
-// and blocks run one after another. So sanitizers can watch kernels for what lies outside memory, and for races within
-// a block.
+// As much of CUDA as csrc/vae_tiling.cu uses, on the CPU: its threads share nothing, so they run one after another.
+// Sanitizers can then watch the kernel for accesses outside its memory.
 #pragma once
 
-#include <barrier>
 #include <cstddef>
-#include <cstdint>
-#include <thread>
-#include <vector>
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __shared__ static
 #define __launch_bounds__(threads)
+#define __grid_constant__
 
 struct dim3 {
   dim3(unsigned x_ = 1) : x(x_) {}
   unsigned x;
 };
 
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-
-inline thread_local dim3 threadIdx, blockIdx, gridDim;
-inline std::barrier<>* block_barrier = nullptr;
-inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+inline dim3 threadIdx, blockIdx, gridDim;
 inline float __fdiv_rn(float a, float b) { return a / b; }
 
 enum cudaError_t { cudaSuccess };
@@ -47,20 +36,9 @@ struct cudaLaunchConfig_t {
 
 template <class... Wanted, class... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Wanted...), Given... args) {
-  std::barrier<> barrier(config->blockDim.x);
-  block_barrier = &barrier;
-  std::vector<std::thread> threads;
-  for (unsigned i = 0; i < config->blockDim.x; ++i) {
-    threads.emplace_back([&, i] {
-      threadIdx = dim3(i);
-      gridDim = config->gridDim;
-      for (unsigned block = 0; block < config->gridDim.x; ++block) {
-        blockIdx = dim3(block);
-        kernel(args...);
-        barrier.arrive_and_wait();
-      }
-    });
+  gridDim = config->gridDim;
+  for (blockIdx = dim3(0); blockIdx.x < config->gridDim.x; ++blockIdx.x) {
+    for (threadIdx = dim3(0); threadIdx.x < config->blockDim.x; ++threadIdx.x) kernel(args...);
   }
-  for (std::thread& thread : threads) thread.join();
   return cudaSuccess;
 }
