@@ -126,38 +126,17 @@ def vae_act(
     /,
 ) -> None: ...
 
-# Shapes: csrc/vae_tiling.hpp, checks: csrc/vae_tiling_bindings.cpp. Tensors are on the CPU, stream 0, or (not finish_tiles) all
-# on one CUDA device, `stream` a cudaStream_t.
-def tile_plan(
-    height: int, width: int, tile_h: int, tile_w: int, stride_h: int, stride_w: int, /
-) -> list[tuple[int, int, int, int]]: ...
-def gather_tiles(
-    source: object, tiles: object, tops: Sequence[int], lefts: Sequence[int], threads: int, stream: int, /
-) -> None: ...
-def blend_tiles(
-    tiles: object,
-    acc: object,
-    weight: object,
-    tops: Sequence[int],
-    lefts: Sequence[int],
-    border_h: int,
-    border_w: int,
-    threads: int,
-    stream: int,
-    /,
-) -> None: ...
-def finish_frames(
-    acc: object, weight: object | None, out: object, clamp: bool, round: bool, threads: int, stream: int, /
-) -> None: ...
-def finish_tiles(
-    tiles: Sequence[object],
-    tops: Sequence[int],
-    lefts: Sequence[int],
-    border_h: int,
-    border_w: int,
+# Shapes: csrc/vae_tiling.hpp, checks: csrc/vae_tiling_bindings.cpp. Tensors are on the CPU, or all on one
+# CUDA device with `stream` a cudaStream_t. Pairs are (height, width).
+def blend_box(
     out: object,
+    tiles: Sequence[tuple[object, int, int]],
+    at: tuple[int, int],
+    picture: tuple[int, int],
+    borders: tuple[int, int],
     clamp: bool,
     round: bool,
     threads: int,
+    stream: int,
     /,
 ) -> None: ...

@@ -13,7 +13,7 @@ import typer
 
 from pusa_fast import attention, ops
 from pusa_fast.commands import record
-from pusa_fast.model.vae import blending
+from pusa_fast.native import tiles
 from pusa_fast.weights.pretrained import find_model
 
 _CODECS = ("libx264", "h264", "hevc", "vp9", "av1", "gif")
@@ -55,7 +55,7 @@ def _native() -> dict[str, Any]:
     except ImportError as error:
         return {"reason": f"{error}; plain torch replaces it. To build it: pip install -e ."}
     features = sorted(name for name, there in module.cpu_features().items() if there)
-    failing = {f"cuda:{index}": blending.cuda_reason(index) for index in range(torch.cuda.device_count())}
+    failing = {f"cuda:{index}": tiles.cuda_reason(index) for index in range(torch.cuda.device_count())}
     return {
         "reason": None, "version": module.__version__, "cpu": features, "cuda": module.cuda_built(),
         "cuda_fails_on": {device: reason for device, reason in failing.items() if reason is not None},

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pusa_fast.native import rows as native
+from pusa_fast.native import tiles
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _NATIVE_REASON = native.available()
@@ -97,6 +98,11 @@ def choose(x: Tensor, *others: Tensor | None, only: str | None = None) -> str:
             dtypes = ", ".join(str(t.dtype) for t in (x, *others) if t is not None)
             raise ValueError(f"native ops take float32 and bfloat16 on the CPU, got {dtypes} on {x.device}")
     return name if only in (None, name) else "reference"
+
+
+def choose_tiles(out: Tensor, placed: tiles.Places) -> str:
+    """The backend of `blend_box_`: "native", which serves CUDA too, or "reference"."""
+    return "native" if _forced != "reference" and tiles.supports(out, placed) else "reference"
 
 
 def _onednn_bf16() -> bool:

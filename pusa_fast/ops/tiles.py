@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pusa_fast.native import tiles as native
 from pusa_fast.native.tiles import Pair
-from pusa_fast.ops import backend
 from pusa_fast.ops.checks import require
+from pusa_fast.ops.registry import choose_tiles
 
 _OP = "blend_box_"
 
@@ -62,7 +62,7 @@ def blend_box_(
     _check(out, tiles, at, picture, borders)
     if out.is_meta or not out.numel():
         return
-    if backend._forced != "reference" and native.supports(out, tiles):
+    if choose_tiles(out, tiles) == "native":
         native.blend_box(out, tiles, at, picture, borders, clamp, rounded)
     else:
         _reference(out, tiles, at, picture, borders, clamp, rounded)

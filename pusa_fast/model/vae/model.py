@@ -94,8 +94,11 @@ class WanVAE(nn.Module):
         The result is channels-last in memory. Raises ValueError for another number of channels or an
         empty clip.
         """
-        pieces = self._decode(z, tiling, Finish(z.dtype, clamp=True))
-        return join(pieces, 1 + self.config.temporal_factor * (z.shape[2] - 1)).permute(0, 4, 1, 2, 3)
+        sums = torch.promote_types(self.dtype, torch.float32)
+        dtype = z.dtype if z.dtype.itemsize < sums.itemsize else sums
+        pieces = self._decode(z, tiling, Finish(dtype, clamp=True))
+        video = join(pieces, 1 + self.config.temporal_factor * (z.shape[2] - 1))
+        return video.to(z.dtype).permute(0, 4, 1, 2, 3)
 
     def decode_frames(self, z: Tensor, tiling: Tiling | None = None, rounded: bool = False) -> Iterator[Tensor]:
         """As `decode`, but uint8 frames [B, t, 8h, 8w, 3], piece by piece in order, on the VAE's device.
