@@ -67,7 +67,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
-class _Libraries(Tracker):
+class _Libraries(Tracker):  # type: ignore[no-untyped-call]
     """Gives convolutions the results that cuDNN and oneDNN give them: on meta torch may pick another layout."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -200,7 +200,8 @@ def _frame_attention(layer: FrameAttention, value: Sum, stream: Stream) -> Sum:
     normed = stream.room(value.shape, value.any)
     x = value.normalise(layer.norm.gamma, normed, silu=False)
     qkv = pointwise(layer.to_qkv, normed).view(B * T, 1, H * W, 3 * C)
-    attended = nnf.scaled_dot_product_attention(*qkv.chunk(3, dim=-1)).view(B, T, H, W, C)
+    q, k, v = qkv.chunk(3, dim=-1)
+    attended = nnf.scaled_dot_product_attention(q, k, v).view(B, T, H, W, C)
     return Sum(x, pointwise(layer.proj, attended))
 
 
