@@ -1,6 +1,8 @@
-"""`python -m bench NAME ['{"device": "cpu", ...}']`: a measurement without the command line's parsing; last line JSON.
+"""`python -m bench NAME ['{"device": "cpu", ...}']`: a measurement without the command line's
+parsing; last line JSON.
 
-What `compare` starts for another version of the package. PUSA_BENCH_PACKAGE=DIR: measure the package in DIR.
+What `compare` starts for another version of the package. PUSA_BENCH_PACKAGE=DIR: measure the
+package in DIR.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from pathlib import Path
 
 
 def use_package(folder: str) -> None:
-    """Import pusa_fast from `folder`: an editable install would otherwise come first, whatever PYTHONPATH says."""
+    """Import pusa_fast from `folder`: an editable install would otherwise come first, whatever
+    PYTHONPATH says."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "ScikitBuildRedirectingFinder"]
     sys.path.insert(0, folder)
     import pusa_fast

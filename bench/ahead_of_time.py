@@ -363,7 +363,8 @@ def resources(compiled: Any) -> Resources:
 def measure(
     archs: Iterable[int] = ARCHS, models: Iterable[str] = (*MODELS, *STAGES), ops: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
-    """One record for each kernel of an op: what launches it first, its warps, its `Resources`. No ops: all.
+    """One record for each kernel of an op: what launches it first, its warps, its `Resources`. No
+    ops: all.
 
     A case that does not compile gives a record with the compiler's `error` instead.
     """

@@ -1,12 +1,14 @@
 """The same ops as others compute them: what the fused kernels are compared with.
 
-"reference": the Pusa reference implementation (docs/reference.md, 1.3 to 1.6): a modulation row for each token, the block's
-own table added to all of it, RMSNorm in float32 with two roundings, RoPE in complex128. "per-token": diffusers 0.42
-(models/transformers/transformer_wan.py, WanTransformerBlock with a timestep per token, as Wan2.2 5B runs): the same rows per
-token in float32. "diffusers": its VAE between two convolutions (models/autoencoders/autoencoder_kl_wan.py, WanResidualBlock,
-WanRMS_norm, WanCausalConv3d), channels first, with the copies that pad a clip and put its history before it; the convolution
-adds its bias. The first two hold q and k as tensors of their own. Each entry prepares what its model prepares once per forward (not
-timed: per-token tables, angles per token) and returns what runs in every block.
+"reference": the Pusa reference implementation (docs/reference.md, 1.3 to 1.6): a modulation row for
+each token, the block's own table added to all of it, RMSNorm in float32 with two roundings, RoPE in
+complex128. "per-token": diffusers 0.42 (models/transformers/transformer_wan.py, WanTransformerBlock
+with a timestep per token, as Wan2.2 5B runs): the same rows per token in float32. "diffusers": its
+VAE between two convolutions (models/autoencoders/autoencoder_kl_wan.py, WanResidualBlock,
+WanRMS_norm, WanCausalConv3d), channels first, with the copies that pad a clip and put its history
+before it; the convolution adds its bias. The first two hold q and k as tensors of their own. Each
+entry prepares what its model prepares once per forward (not timed: per-token tables, angles per
+token) and returns what runs in every block.
 
 Shapes: L tokens, D width, H heads, K head width, R = 6 rows of a modulation table.
 """
@@ -156,7 +158,8 @@ def _plain_loss(t: Inputs) -> Call:
 
 
 def _diffusers_rows(t: Inputs, rows: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:
-    """temb [1, L, R, D] in the model's dtype, widened and added in every block; the table is kept in float32."""
+    """temb [1, L, R, D] in the model's dtype, widened and added in every block; the table is kept
+    in float32."""
     temb = _per_token(t, rows, t["x"].dtype)
     own = t["base"][list(rows)].float()[None]
     return lambda: tuple(part.squeeze(2) for part in (own.unsqueeze(0) + temb.float()).chunk(len(rows), dim=2))

@@ -1,7 +1,9 @@
-"""Who computes an op, and whether the result is right: candidates by name, and the correctness gate before any timing.
+"""Who computes an op, and whether the result is right: candidates by name, and the correctness gate
+before any timing.
 
-The gate runs a candidate on the whole shape and compares the first and the last latent frame (the last one's offsets are the
-largest) with `kernels/reference.py` in float64, within the error budget of `pusa_fast.testing`.
+The gate runs a candidate on the whole shape and compares the first and the last latent frame (the
+last one's offsets are the largest) with `kernels/reference.py` in float64, within the error budget
+of `pusa_fast.testing`.
 """
 
 from __future__ import annotations
@@ -152,7 +154,8 @@ def _truth(op: Op, t: Drawn, frame: int) -> Truth:
 
 
 def check(op: Op, run: Run, t: Drawn, expected: list[Truth]) -> dict[str, float]:
-    """{"error", "budget"} of the output closest to its budget. Raises AssertionError where one exceeds it, or is no number."""
+    """{"error", "budget"} of the output closest to its budget. Raises AssertionError where one
+    exceeds it, or is no number."""
     if run.reset is not None:
         run.reset()
     _poison(t)
@@ -176,12 +179,14 @@ def _errors(op: Op, outputs: Outputs, t: Drawn, expected: list[Truth]) -> Iterat
             value = along(axis, outputs[at], truth.frame, t["grid"])
             if value.dtype != low.dtype:
                 raise AssertionError(f"output {at} is {value.dtype} instead of {low.dtype}")
-            # A float32 gradient of tables sums over activations that the forward pass saved in the run's dtype.
+            # A float32 gradient of tables sums over activations that the forward pass saved in the
+            # run's dtype.
             yield truth, at, max_error(value, oracle), error_budget(low.to(t.dtype) if op.leaves else low, oracle)
 
 
 def _poison(t: Drawn) -> None:
-    """Leave NaN in the memory that outputs are likely to get, so that what a kernel does not write shows."""
+    """Leave NaN in the memory that outputs are likely to get, so that what a kernel does not write
+    shows."""
     held: list[Tensor] = [
         torch.full((t.shape.tokens, t.shape.dim), torch.nan, dtype=t.dtype, device=t.device) for _ in range(3)
     ]

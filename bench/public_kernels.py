@@ -1,6 +1,8 @@
-"""Public kernels for the same ops, used where they can be imported; torch supplies what they lack (a gate per frame, say).
+"""Public kernels for the same ops, used where they can be imported; torch supplies what they lack
+(a gate per frame, say).
 
-Written from their sources and documentation: liger-kernel, quack-kernels, flash-attn (its Triton norms and rotary).
+Written from their sources and documentation: liger-kernel, quack-kernels, flash-attn (its Triton
+norms and rotary).
 """
 
 from __future__ import annotations

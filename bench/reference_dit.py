@@ -1,8 +1,10 @@
-"""The Pusa reference's transformer in plain torch, for training (docs/reference.md, 1.3 to 1.6): nothing fused, nothing cached.
+"""The Pusa reference's transformer in plain torch, for training (docs/reference.md, 1.3 to 1.6):
+nothing fused, nothing cached.
 
-A modulation row for every token, each block's own table added to all of it, RMSNorm in float32, RoPE in complex128 with angles made
-anew for each forward, three products where ours has one. Parameters carry official Wan names, so PEFT's adapters go on as the
-reference puts them. Shapes: B clips, N tokens, D width, H heads.
+A modulation row for every token, each block's own table added to all of it, RMSNorm in float32,
+RoPE in complex128 with angles made anew for each forward, three products where ours has one.
+Parameters carry official Wan names, so PEFT's adapters go on as the reference puts them. Shapes: B
+clips, N tokens, D width, H heads.
 """
 
 from __future__ import annotations

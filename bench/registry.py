@@ -1,8 +1,9 @@
-"""What is measured, as data: shapes, the tensors that ops read, and each op with the bytes that one pass has to move.
+"""What is measured, as data: shapes, the tensors that ops read, and each op with the bytes that one
+pass has to move.
 
-Sizes: L tokens = F*h*w, D width, H heads, K head width, I width of the feed-forward; the VAE's pixels are [1, F, 8h, 8w, 96], its
-widest ones, as many frames at half the clip's height and width. A new op is one row of `OPS`, its
-competitors rows of `formulations.py` and `public_kernels.py`.
+Sizes: L tokens = F*h*w, D width, H heads, K head width, I width of the feed-forward; the VAE's
+pixels are [1, F, 8h, 8w, 96], its widest ones, as many frames at half the clip's height and width.
+A new op is one row of `OPS`, its competitors rows of `formulations.py` and `public_kernels.py`.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ DEFAULT_DTYPES: Mapping[str, tuple[str, ...]] = {"cuda": ("bf16",), "cpu": ("fp3
 
 @dataclass(frozen=True)
 class Spec:
-    """How a tensor is drawn: its size, the axis on which frames lie ("tokens", "frames", "latent", "step", None), its law."""
+    """How a tensor is drawn: its size, the axis on which frames lie ("tokens", "frames", "latent",
+    "step", None), its law."""
 
     size: Callable[[Shape], tuple[int, ...]]
     axis: str | None = "tokens"
@@ -131,7 +133,8 @@ def draw(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> T
 
 
 class Drawn(dict[str, Any]):
-    """`Inputs` of one shape and dtype, each tensor drawn when first asked for; q and k are contiguous copies of qkv's."""
+    """`Inputs` of one shape and dtype, each tensor drawn when first asked for; q and k are
+    contiguous copies of qkv's."""
 
     def __init__(
         self, shape: Shape, dtype: torch.dtype, device: torch.device, given: Mapping[str, Any] | None = None
@@ -155,7 +158,8 @@ class Drawn(dict[str, Any]):
 
 
 def frame_of(name: str, value: Tensor, frame: int, grid: tuple[int, int, int]) -> Tensor:
-    """The part of an input that one latent frame sees; its rotary tables hold that frame's angles at position 0."""
+    """The part of an input that one latent frame sees; its rotary tables hold that frame's angles
+    at position 0."""
     if name in _ROPE:
         columns = reference.rope_split(2 * value.shape[1])[0] // 2
         moved = value.clone()
@@ -197,11 +201,13 @@ def units(shape: Shape, itemsize: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Op:
-    """`body(implementation, inputs)` calls the op as `pusa_fast.ops` and `kernels/reference.py` both name it.
+    """`body(implementation, inputs)` calls the op as `pusa_fast.ops` and `kernels/reference.py`
+    both name it.
 
-    `moves`: what one pass reads and writes, in `units`. `outputs`: the axis of each output's frames. `leaves`: with it the
-    derivative is measured, by these inputs, for the output gradients `grads`. `mutates`: inputs that the call overwrites.
-    `oracle` and `view`: what stands for the body in float64, and how outputs become comparable with it.
+    `moves`: what one pass reads and writes, in `units`. `outputs`: the axis of each output's
+    frames. `leaves`: with it the derivative is measured, by these inputs, for the output gradients
+    `grads`. `mutates`: inputs that the call overwrites. `oracle` and `view`: what stands for the
+    body in float64, and how outputs become comparable with it.
     """
 
     name: str
@@ -226,10 +232,15 @@ class Op:
 
 # First word of `Op.kernel` -> the file in kernels/ that computes it on a GPU.
 FILES: Mapping[str, str] = {
-    **dict.fromkeys(("K1", "K3", "K5"), "residual_norm.py"), "K2": "qk_rope.py", "K4": "norm.py", "step": "step.py", "fp8": "fp8.py",
-    "VAE": "vae_act.py", "FAFM": "flow.py",
+    **dict.fromkeys(("K1", "K3", "K5"), "residual_norm.py"),
+    "K2": "qk_rope.py",
+    "K4": "norm.py",
+    "step": "step.py",
+    "fp8": "fp8.py",
+    "VAE": "vae_act.py",
+    "FAFM": "flow.py",
     "GELU": "in the product's epilogue",
-}  # fmt: skip
+}
 
 
 def modulation(t: Inputs, kind: str) -> dict[str, Tensor]:
@@ -283,7 +294,8 @@ def noise_and_target(impl: Any, t: Inputs) -> Outputs:
 
 
 def flow_loss(impl: Any, t: Inputs) -> Outputs:
-    """The loss's gradient, times the number of frames: a frame's part is then the same beside others and alone."""
+    """The loss's gradient, times the number of frames: a frame's part is then the same beside
+    others and alone."""
     v = t["v"].detach().requires_grad_()
     with torch.enable_grad():
         loss, _ = impl.flow_loss(v, t["latent"], t["levels"])
@@ -346,25 +358,181 @@ OPS: Mapping[str, Op] = MappingProxyType(
     {
         op.name: op
         for op in (
-            Op("residual_norm_k1", "K1", f"{_R}; LN(r)*(1+scale[f])+shift[f]", k1, {"u": 4, "frame_row": 3}, _MODULATED, _BOTH),
-            Op("residual_norm_k3", "K3", f"{_R}; LN(r)*weight+bias", k3, {"u": 4, "frame_row": 1, "row": 2}, _AFFINE, _BOTH),
-            Op("residual_norm_k5", "K5", "r = x + y; LN(r)*(1+scale[f])+shift[f]", k5, {"u": 4, "frame_row": 2}, _MODULATED, _BOTH),
+            Op(
+                "residual_norm_k1",
+                "K1",
+                f"{_R}; LN(r)*(1+scale[f])+shift[f]",
+                k1,
+                {"u": 4, "frame_row": 3},
+                _MODULATED,
+                _BOTH,
+            ),
+            Op(
+                "residual_norm_k3",
+                "K3",
+                f"{_R}; LN(r)*weight+bias",
+                k3,
+                {"u": 4, "frame_row": 1, "row": 2},
+                _AFFINE,
+                _BOTH,
+            ),
+            Op(
+                "residual_norm_k5",
+                "K5",
+                "r = x + y; LN(r)*(1+scale[f])+shift[f]",
+                k5,
+                {"u": 4, "frame_row": 2},
+                _MODULATED,
+                _BOTH,
+            ),
             Op("rms_norm", "K4", "x/rms(x)*weight", rms_norm, {"u": 2, "row": 1}, ("x", "weight")),
-            Op("qk_rope", "K2", "RMSNorm of q and k, 3-D RoPE", qk_rope, {"u": 4, "row": 2, "angles": 1}, _ROTATED, _BOTH),
-            Op("qk_rope_inplace", "K2", "the same, in place", qk_rope_inplace, {"u": 4, "row": 2, "angles": 1}, _ROTATED, _BOTH, mutates=("qkv",)),
-            Op("guided_euler_step", "step", "x[f] += (v_neg + g*(v-v_neg))[f]*dsigma[f]", guided_euler_step, {"latent": 4, "step": 1}, ("latent", "v", "v_neg", "dsigma"), ("latent",)),
-            Op("noise_and_target", "FAFM", "(1-s[f])*x + s[f]*e; e - x", noise_and_target, {"latent": 4, "step": 1}, ("latent", "v", "levels"), ("latent", "latent"), native=False),
-            Op("flow_loss", "FAFM", "mean w[f]*(v-target)^2, and dv", flow_loss, {"latent": 3, "step": 1}, ("latent", "v", "levels"), ("latent",), native=False),
-            Op("vae_act", "VAE", "SiLU(norm(y + bias)*gamma)", vae_act, {"pixels": 2, "channels": 2}, ("pixels", "gamma", "channel_bias"), ("frames",), mutates=("window",)),
-            Op("vae_act_residual", "VAE", "r = y + bias + x; SiLU(norm(r)*gamma)", vae_act_residual, {"pixels": 4, "channels": 2}, ("pixels", "gamma", "channel_bias", "shortcut"), ("frames", "frames"), mutates=("window", "sum")),
+            Op(
+                "qk_rope",
+                "K2",
+                "RMSNorm of q and k, 3-D RoPE",
+                qk_rope,
+                {"u": 4, "row": 2, "angles": 1},
+                _ROTATED,
+                _BOTH,
+            ),
+            Op(
+                "qk_rope_inplace",
+                "K2",
+                "the same, in place",
+                qk_rope_inplace,
+                {"u": 4, "row": 2, "angles": 1},
+                _ROTATED,
+                _BOTH,
+                mutates=("qkv",),
+            ),
+            Op(
+                "guided_euler_step",
+                "step",
+                "x[f] += (v_neg + g*(v-v_neg))[f]*dsigma[f]",
+                guided_euler_step,
+                {"latent": 4, "step": 1},
+                ("latent", "v", "v_neg", "dsigma"),
+                ("latent",),
+            ),
+            Op(
+                "noise_and_target",
+                "FAFM",
+                "(1-s[f])*x + s[f]*e; e - x",
+                noise_and_target,
+                {"latent": 4, "step": 1},
+                ("latent", "v", "levels"),
+                ("latent", "latent"),
+                native=False,
+            ),
+            Op(
+                "flow_loss",
+                "FAFM",
+                "mean w[f]*(v-target)^2, and dv",
+                flow_loss,
+                {"latent": 3, "step": 1},
+                ("latent", "v", "levels"),
+                ("latent",),
+                native=False,
+            ),
+            Op(
+                "vae_act",
+                "VAE",
+                "SiLU(norm(y + bias)*gamma)",
+                vae_act,
+                {"pixels": 2, "channels": 2},
+                ("pixels", "gamma", "channel_bias"),
+                ("frames",),
+                mutates=("window",),
+            ),
+            Op(
+                "vae_act_residual",
+                "VAE",
+                "r = y + bias + x; SiLU(norm(r)*gamma)",
+                vae_act_residual,
+                {"pixels": 4, "channels": 2},
+                ("pixels", "gamma", "channel_bias", "shortcut"),
+                ("frames", "frames"),
+                mutates=("window", "sum"),
+            ),
             Op("gelu", "GELU", "tanh GELU", gelu, {"hidden": 2}, ("hidden",)),
-            Op("quantize_rows", "fp8", "e4m3 rows, a scale each", quantize_rows, {"u": 1, "e4m3": 1, "per_token": 1}, ("x",), oracle=lambda t: (t["x"],), view=_expanded, fp8=True),
-            Op("gelu_quantize_rows", "fp8", "e4m3 rows of GELU(x)", gelu_quantize_rows, {"hidden": 1, "hidden_e4m3": 1, "per_token": 1}, ("hidden",), oracle=lambda t: gelu(reference, t), view=_expanded, fp8=True),
-            Op("residual_norm_fp8", "K1 fp8", "K1, its norm as e4m3 rows", residual_norm_fp8, {"u": 3, "e4m3": 1, "per_token": 1, "frame_row": 3}, _MODULATED, _BOTH, oracle=lambda t: k1(reference, t), view=_expanded, fp8=True),
-            Op("residual_norm_backward", "K1 bwd", "dx, dy; tables frozen", k1, {"u": 5, "per_token": 2, "frame_row": 2}, (*_MODULATED, "dr", "dn"), _BOTH, ("x", "y"), ("dr", "dn")),
-            Op("residual_norm_backward_full", "K1 bwd", "dx, dy, and the frame table's gradient", k1, {"u": 6, "per_token": 2, "frame_row": 5}, (*_MODULATED, "dr", "dn"), (*_BOTH, "frames"), ("x", "y", "table"), ("dr", "dn")),
-            Op("rms_norm_backward", "K4 bwd", "dx; weight frozen", rms_norm, {"u": 3, "per_token": 1, "row": 1}, ("x", "weight", "dn"), ("tokens",), ("x",), ("dn",)),
-            Op("qk_rope_backward", "K2 bwd", "dqkv, packed; weights frozen", qkv_rope, {"u": 8, "per_token": 2, "row": 2, "angles": 1}, (*_ROTATED, "dq", "dk", "dv"), _BOTH, ("qkv",), ("dq", "dk", "dv")),
+            Op(
+                "quantize_rows",
+                "fp8",
+                "e4m3 rows, a scale each",
+                quantize_rows,
+                {"u": 1, "e4m3": 1, "per_token": 1},
+                ("x",),
+                oracle=lambda t: (t["x"],),
+                view=_expanded,
+                fp8=True,
+            ),
+            Op(
+                "gelu_quantize_rows",
+                "fp8",
+                "e4m3 rows of GELU(x)",
+                gelu_quantize_rows,
+                {"hidden": 1, "hidden_e4m3": 1, "per_token": 1},
+                ("hidden",),
+                oracle=lambda t: gelu(reference, t),
+                view=_expanded,
+                fp8=True,
+            ),
+            Op(
+                "residual_norm_fp8",
+                "K1 fp8",
+                "K1, its norm as e4m3 rows",
+                residual_norm_fp8,
+                {"u": 3, "e4m3": 1, "per_token": 1, "frame_row": 3},
+                _MODULATED,
+                _BOTH,
+                oracle=lambda t: k1(reference, t),
+                view=_expanded,
+                fp8=True,
+            ),
+            Op(
+                "residual_norm_backward",
+                "K1 bwd",
+                "dx, dy; tables frozen",
+                k1,
+                {"u": 5, "per_token": 2, "frame_row": 2},
+                (*_MODULATED, "dr", "dn"),
+                _BOTH,
+                ("x", "y"),
+                ("dr", "dn"),
+            ),
+            Op(
+                "residual_norm_backward_full",
+                "K1 bwd",
+                "dx, dy, and the frame table's gradient",
+                k1,
+                {"u": 6, "per_token": 2, "frame_row": 5},
+                (*_MODULATED, "dr", "dn"),
+                (*_BOTH, "frames"),
+                ("x", "y", "table"),
+                ("dr", "dn"),
+            ),
+            Op(
+                "rms_norm_backward",
+                "K4 bwd",
+                "dx; weight frozen",
+                rms_norm,
+                {"u": 3, "per_token": 1, "row": 1},
+                ("x", "weight", "dn"),
+                ("tokens",),
+                ("x",),
+                ("dn",),
+            ),
+            Op(
+                "qk_rope_backward",
+                "K2 bwd",
+                "dqkv, packed; weights frozen",
+                qkv_rope,
+                {"u": 8, "per_token": 2, "row": 2, "angles": 1},
+                (*_ROTATED, "dq", "dk", "dv"),
+                _BOTH,
+                ("qkv",),
+                ("dq", "dk", "dv"),
+            ),
         )
     }
-)  # fmt: skip
+)

@@ -1,6 +1,8 @@
-"""`bench ops`: every op by every provider, in microseconds, GB/s and per cent of the copy bandwidth of the same run.
+"""`bench ops`: every op by every provider, in microseconds, GB/s and per cent of the copy bandwidth
+of the same run.
 
-GB/s counts the bytes that one pass has to move, the same for all providers: who moves more shows less.
+GB/s counts the bytes that one pass has to move, the same for all providers: who moves more shows
+less.
 """
 
 from __future__ import annotations

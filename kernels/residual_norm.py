@@ -161,10 +161,21 @@ def residual_norm_fp8_forward(
 
 
 def residual_norm_backward(
-    dr: Tensor | None, dn: Tensor, r: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor | None,
-    weight: Tensor | None, mean: Tensor, rstd: Tensor, want_gate: bool, want_modulation: bool, want_affine: bool,
-    tokens_per_frame: int, first_token: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    dr: Tensor | None,
+    dn: Tensor,
+    r: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    want_gate: bool,
+    want_modulation: bool,
+    want_affine: bool,
+    tokens_per_frame: int,
+    first_token: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dy, dgate, dscale, dshift, dweight, dbias), None where absent or unwanted.
 
     Without a gate dy is None: it equals dx. dx is contiguous in r's dtype, dy in y's (r's if y is

@@ -1,6 +1,7 @@
 """Runs and trains Pusa: Wan video transformers with one noise level per latent frame.
 
-The public names load on first use: importing this package loads no triton, transformers, diffusers or av and touches no GPU.
+The public names load on first use: importing this package loads no triton, transformers, diffusers
+or av and touches no GPU.
 """
 
 from __future__ import annotations

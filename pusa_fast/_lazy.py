@@ -9,7 +9,8 @@ from typing import Any
 
 
 def lazy_names(package: str, home: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of `package`: `home` maps each public name to the module that defines it."""
+    """`__getattr__` and `__dir__` of `package`: `home` maps each public name to the module that
+    defines it."""
 
     def load(name: str) -> Any:
         if name not in home:

@@ -1,4 +1,5 @@
-# Tensors are DLPack capsules or objects with __dlpack__. Shapes: csrc/row_ops.hpp, checks: csrc/row_bindings.cpp.
+# Tensors are DLPack capsules or objects with __dlpack__. Shapes: csrc/row_ops.hpp, checks:
+# csrc/row_bindings.cpp.
 from collections.abc import Sequence
 
 __version__: str
@@ -126,8 +127,8 @@ def vae_act(
     /,
 ) -> None: ...
 
-# Shapes: csrc/vae_tiling.hpp, checks: csrc/vae_tiling_bindings.cpp. Tensors are on the CPU, or all on one
-# CUDA device with `stream` a cudaStream_t. Pairs are (height, width).
+# Shapes: csrc/vae_tiling.hpp, checks: csrc/vae_tiling_bindings.cpp. Tensors are on the CPU, or all
+# on one CUDA device with `stream` a cudaStream_t. Pairs are (height, width).
 def blend_box(
     out: object,
     tiles: Sequence[tuple[object, int, int]],

@@ -413,7 +413,8 @@ def _is_folder(path: PathLike) -> bool:
 
 @contextmanager
 def _new_mp4(path: Path) -> Iterator[Any]:
-    """A container to write into. FFmpeg's errors become OSErrors with the same code: the disk is full, or forbidden."""
+    """A container to write into. FFmpeg's errors become OSErrors with the same code: the disk is
+    full, or forbidden."""
     import av
 
     try:

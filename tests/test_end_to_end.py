@@ -20,8 +20,16 @@ from pusa_fast.weights import load_dit, load_vae
 
 Golden = Callable[[str], dict[str, Tensor]]
 RUNS = (
-    "t2v", "t2v_nocfg4", "i2v_clean", "i2v_noise0.2", "i2v_30steps", "start_end", "start_end_clean", "extension", "completion",
-)  # fmt: skip
+    "t2v",
+    "t2v_nocfg4",
+    "i2v_clean",
+    "i2v_noise0.2",
+    "i2v_30steps",
+    "start_end",
+    "start_end_clean",
+    "extension",
+    "completion",
+)
 TASKS = ("text-to-video",) * 2 + ("image-to-video",) * 3 + ("start-end",) * 2 + ("extension", "completion")
 LATENT_LIMIT = 1e-4
 
@@ -29,9 +37,17 @@ LATENT_LIMIT = 1e-4
 def load_recorded(golden: Golden, meta: Mapping[str, Any]) -> Pipeline:
     d, v = meta["dit"], meta["vae"]
     dit_config = DiTConfig(
-        dim=d["dim"], ffn_dim=d["ffn_dim"], num_heads=d["num_heads"], num_layers=d["num_layers"], in_channels=d["in_dim"],
-        out_channels=d["out_dim"], text_dim=d["text_dim"], freq_dim=d["freq_dim"], patch_size=d["patch_size"], eps=d["eps"],
-    )  # fmt: skip
+        dim=d["dim"],
+        ffn_dim=d["ffn_dim"],
+        num_heads=d["num_heads"],
+        num_layers=d["num_layers"],
+        in_channels=d["in_dim"],
+        out_channels=d["out_dim"],
+        text_dim=d["text_dim"],
+        freq_dim=d["freq_dim"],
+        patch_size=d["patch_size"],
+        eps=d["eps"],
+    )
     vae_config = VAEConfig(
         base_dim=v["dim"], z_dim=v["z_dim"], dim_mult=v["dim_mult"], num_res_blocks=v["num_res_blocks"]
     )

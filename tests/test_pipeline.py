@@ -31,8 +31,15 @@ VAE = VAEConfig(
     base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4
 )
 DEFAULTS = {
-    "num_frames": 5, "height": 32, "width": 48, "fps": 8, "steps": 2, "guidance_scale": 3.0, "shift": 3.0, "negative_prompt": "blue",
-}  # fmt: skip
+    "num_frames": 5,
+    "height": 32,
+    "width": 48,
+    "fps": 8,
+    "steps": 2,
+    "guidance_scale": 3.0,
+    "shift": 3.0,
+    "negative_prompt": "blue",
+}
 LORA_KEY = "blocks.0.self_attn.q"
 
 
@@ -84,8 +91,7 @@ def changed(folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], obj
     return copy
 
 
-# ---- calls
-# -----------------------------------------------------------------------------------------------------------
+# ---- calls ----
 
 
 def test_text_to_video_with_the_models_own_defaults(pipe: Pipeline) -> None:
@@ -172,10 +178,17 @@ def every_form(tmp_path: Path) -> dict[str, object]:
     path = tmp_path / "first.png"
     picture().save(path)
     return {
-        "PIL": picture(), "str": str(path), "path": path, "array": array, "tensor": torch.from_numpy(array.copy()),
-        "backwards": np.ascontiguousarray(array[::-1])[::-1], "clip": array[None], "list": [picture()], "tuple": (picture(), picture(3)),
+        "PIL": picture(),
+        "str": str(path),
+        "path": path,
+        "array": array,
+        "tensor": torch.from_numpy(array.copy()),
+        "backwards": np.ascontiguousarray(array[::-1])[::-1],
+        "clip": array[None],
+        "list": [picture()],
+        "tuple": (picture(), picture(3)),
         "transparent": Image.merge("RGBA", [*picture().split(), Image.new("L", (48, 32), 255)]),
-    }  # fmt: skip
+    }
 
 
 def test_every_form_of_media_gives_the_same(pipe: Pipeline, tmp_path: Path) -> None:
@@ -276,8 +289,7 @@ def test_a_pipeline_of_two_experts(pipe: Pipeline) -> None:
     assert torch.equal(pair("a red circle", output="latents"), pipe("a red circle", output="latents"))
 
 
-# ---- what is refused, before any model runs
-# --------------------------------------------------------------------------
+# ---- what is refused, before any model runs ----
 
 LONG = np.zeros((9, 32, 48, 3), np.uint8)
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -366,8 +378,7 @@ def test_without_text_encoder(pipe: Pipeline) -> None:
     assert bare(prompt_embeds=torch.zeros(3, 16), guidance_scale=1, **given).shape == (5, 32, 48, 3)
 
 
-# ---- loading
-# ---------------------------------------------------------------------------------------------------------
+# ---- loading ----
 
 
 def test_nano_layout(pipe: Pipeline, nano_like: Path) -> None:

@@ -60,8 +60,13 @@ REQUESTS: list[dict[str, Any]] = [
     {"prompt": "a"},
     {"prompt": "", "negative_prompt": "b", "steps": 4, "guidance_scale": 1.5, "shift": 3, "seed": 9, "compat": "exact"},
     {"prompt": "a", "num_frames": 9, "height": 32, "width": 48, "fit": "pad", "tiling": "exact"},
-    {"conditions": [Condition("/a.png", -1, 0.2), Condition(MediaFile("/b.mp4", last_frames=5), (0, 1), (0.0, 0.3), (0, 1))]},
-]  # fmt: skip
+    {
+        "conditions": [
+            Condition("/a.png", -1, 0.2),
+            Condition(MediaFile("/b.mp4", last_frames=5), (0, 1), (0.0, 0.3), (0, 1)),
+        ]
+    },
+]
 
 
 @pytest.mark.parametrize("given", REQUESTS)

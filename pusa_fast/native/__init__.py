@@ -37,6 +37,7 @@ def missing(*functions: str) -> str | None:
 
 
 def call(function: str, tensors: Iterable[Tensor | None], *numbers: float) -> None:
-    """Run a function of the compiled part: tensors as DLPack capsules, then numbers, then torch's number of threads."""
+    """Run a function of the compiled part: tensors as DLPack capsules, then numbers, then torch's
+    number of threads."""
     capsules = [None if t is None else capsule(t) for t in tensors]
     getattr(compiled, function)(*capsules, *numbers, torch.get_num_threads())

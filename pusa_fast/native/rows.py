@@ -1,4 +1,5 @@
-"""The row kernels in C++ for the CPU: makes the outputs and calls pusa_fast._native. See csrc/row_ops.hpp.
+"""The row kernels in C++ for the CPU: makes the outputs and calls pusa_fast._native. See
+csrc/row_ops.hpp.
 
 The same launchers as `pusa_fast.kernels.suite`, and GELU and `linear_rows`. Streams (x, y and their
 gradients) are float32 or bf16, in any mixture of x and y. So are tables; those of other float
@@ -30,7 +31,8 @@ def available() -> str | None:
 
 
 def supports(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether these tensors of an op (x, y, v, gradients: not its tables) are all float32 or bf16 and on the CPU."""
+    """Whether these tensors of an op (x, y, v, gradients: not its tables) are all float32 or bf16
+    and on the CPU."""
     taken = x.is_cpu and x.dtype in _DTYPES
     for t in others:
         taken = taken and (t is None or (t.is_cpu and t.dtype in _DTYPES))
@@ -77,7 +79,8 @@ def residual_norm_forward(
     tokens_per_frame: int,
     first_token: int,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """(r, n, mean, rstd): r = x + gate[f] * y, n its LayerNorm, modulated or affine; r is None if y is."""
+    """(r, n, mean, rstd): r = x + gate[f] * y, n its LayerNorm, modulated or affine; r is None if y
+    is."""
     r = None if y is None else _like(x)
     n, mean = _like(x), _room(x, x.shape[0], x.shape[1])
     rstd = torch.empty_like(mean)
@@ -103,7 +106,8 @@ def residual_norm_backward(
     tokens_per_frame: int,
     first_token: int,
 ) -> tuple[Tensor | None, ...]:
-    """(dx, dy, dgate, dscale, dshift, dweight, dbias), None where unwanted; without a gate dy is dx."""
+    """(dx, dy, dgate, dscale, dshift, dweight, dbias), None where unwanted; without a gate dy is
+    dx."""
     B, _, D = r.shape
     y = y if want_gate else None
     dx = _like(r)
@@ -187,7 +191,8 @@ def qk_rope_forward(
     eps: float,
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(q, k, rstd_q, rstd_k) from q and k [B, L, H, K], tokens first_token .. of a clip's grid (F, h, w).
+    """(q, k, rstd_q, rstd_k) from q and k [B, L, H, K], tokens first_token .. of a clip's grid (F,
+    h, w).
 
     In place, q and k are the tensors that came.
     """
@@ -231,7 +236,8 @@ def qk_rope_backward(
 
 
 def guided_euler_step(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: float, dsigma: Tensor) -> Tensor:
-    """x[f] += (v_neg + guidance * (v - v_neg))[f] * dsigma[f]; frames whose dsigma is 0 keep their bits."""
+    """x[f] += (v_neg + guidance * (v - v_neg))[f] * dsigma[f]; frames whose dsigma is 0 keep their
+    bits."""
     out = _like(x)
     if v_neg is not None and v_neg.dtype != v.dtype:
         v, v_neg = v.float(), v_neg.float()
@@ -264,7 +270,8 @@ def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [R, I] W^T + b in float32, each row by itself; weight and bias float32 or bf16, read as they are."""
+    """x [R, I] W^T + b in float32, each row by itself; weight and bias float32 or bf16, read as
+    they are."""
     out = _room(x, x.shape[0], weight.shape[0])
     call("linear_rows", (_float32(x), _table(weight), _table(bias), out))
     return out
@@ -285,5 +292,6 @@ def vae_act_(
     silu: bool,
     upsampled: bool,
 ) -> None:
-    """r = y + bias + x and out = act(norm(r) * gamma), into those given; views with a last stride of 1."""
+    """r = y + bias + x and out = act(norm(r) * gamma), into those given; views with a last stride
+    of 1."""
     call("vae_act", (y, _flat(gamma), x, _flat(bias), r, out), silu, upsampled)

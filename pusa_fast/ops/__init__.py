@@ -1,4 +1,5 @@
-"""The memory-bound steps of the transformer, the VAE and training as functions, one file to an op family.
+"""The memory-bound steps of the transformer, the VAE and training as functions, one file to an op
+family.
 
 Each checks its arguments, then calls the backend that `registry` chooses. The formulas are in
 `pusa_fast.kernels.reference`, under the same names. Triton serves CUDA tensors, native code float32

@@ -17,7 +17,8 @@ def require(condition: bool, op: str, message: str, got: Tensor | None) -> None:
 
 
 def check_tensors(op: str, x: Tensor, **tensors: Tensor | None) -> None:
-    """x and the others are float tensors on one device. Raises ValueError naming the one that is not."""
+    """x and the others are float tensors on one device. Raises ValueError naming the one that is
+    not."""
     device = x.device
     for name, t in (("x", x), *tensors.items()):
         if t is None:
@@ -29,7 +30,8 @@ def check_tensors(op: str, x: Tensor, **tensors: Tensor | None) -> None:
 
 
 def check_frames(op: str, L: int, F: int | None, tokens_per_frame: int | None, first_token: int) -> int:
-    """Tokens to a frame where L tokens from `first_token` on read tables of F frames (None: no table).
+    """Tokens to a frame where L tokens from `first_token` on read tables of F frames (None: no
+    table).
 
     Without tokens_per_frame the L tokens are all of the F frames. Raises ValueError.
     """
@@ -60,7 +62,8 @@ def check_residual(
     tokens_per_frame: int | None,
     first_token: int,
 ) -> int:
-    """Arguments of residual_norm and gated_residual; rows: scale, shift, weight, bias. Returns the tokens to a frame.
+    """Arguments of residual_norm and gated_residual; rows: scale, shift, weight, bias. Returns the
+    tokens to a frame.
 
     Raises ValueError.
     """

@@ -1,7 +1,8 @@
-"""Frame-aware flow matching's two passes over latents: noising with its target, and the weighted loss with its gradient.
+"""Frame-aware flow matching's two passes over latents: noising with its target, and the weighted
+loss with its gradient.
 
-Triton where it serves (CUDA), plain torch with its own derivative elsewhere: there is no native code
-for these.
+Triton where it serves (CUDA), plain torch with its own derivative elsewhere: there is no native
+code for these.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ def _check_constant(op: str, **tensors: Tensor) -> None:
 def noise_and_target(
     clean: Tensor, noise: Tensor, sigma: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x_t = (1 - sigma[f]) * clean + sigma[f] * noise and the velocity to be learnt there, noise - clean. No derivative.
+    """x_t = (1 - sigma[f]) * clean + sigma[f] * noise and the velocity to be learnt there, noise -
+    clean. No derivative.
 
-    clean, noise [B, C, F, h, w]; sigma [B, F] in [0, 1]. Returns x_t in `dtype` (None: clean's) and the
-    target in float32 (float64 where clean or noise is). Raises ValueError.
+    clean, noise [B, C, F, h, w]; sigma [B, F] in [0, 1]. Returns x_t in `dtype` (None: clean's) and
+    the target in float32 (float64 where clean or noise is). Raises ValueError.
     """
     op = "noise_and_target"
     _check(op, clean, "clean", noise, "noise", sigma, "sigma")
@@ -68,13 +70,14 @@ def _(clean: Tensor, noise: Tensor, sigma: Tensor, dtype: torch.dtype) -> tuple[
 
 
 def flow_loss(velocity: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, frame_errors): the weighted mean of (velocity - target)^2, and its plain mean over each frame.
+    """(loss, frame_errors): the weighted mean of (velocity - target)^2, and its plain mean over
+    each frame.
 
-    velocity, target [B, C, F, h, w]; weight [B, F].
-    loss = sum_bf weight[b, f] * sum_chw (velocity - target)^2 / N with N elements in all; frame_errors
-    [B, F] has no derivative. Both are float32 (float64 where velocity or target is), NaN for empty
-    tensors. The derivative is by velocity alone, in its dtype; the same pass writes its slope, and
-    only where it is wanted. Raises ValueError.
+    velocity, target [B, C, F, h, w]; weight [B, F]. loss = sum_bf weight[b, f] * sum_chw (velocity
+    - target)^2 / N with N elements in all; frame_errors [B, F] has no derivative. Both are float32
+    (float64 where velocity or target is), NaN for empty tensors. The derivative is by velocity
+    alone, in its dtype; the same pass writes its slope, and only where it is wanted. Raises
+    ValueError.
     """
     op = "flow_loss"
     _check(op, velocity, "velocity", target, "target", weight, "weight")
@@ -86,7 +89,8 @@ def flow_loss(velocity: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor,
     return loss, frame_errors
 
 
-# (loss, frame_errors, slope): slope = weight * (velocity - target), from which the backward pass runs; empty if unwanted.
+# (loss, frame_errors, slope): slope = weight * (velocity - target), from which the backward pass
+# runs; empty if unwanted.
 _flow_loss = Op(
     "flow_loss(Tensor velocity, Tensor target, Tensor weight, bool want_slope) -> (Tensor, Tensor, Tensor)",
     "flow_loss_forward",

@@ -1,4 +1,5 @@
-"""e4m3 rows with one scale each, and the matmul that takes them. Lossy: nothing calls these unless fp8 is asked for.
+"""e4m3 rows with one scale each, and the matmul that takes them. Lossy: nothing calls these unless
+fp8 is asked for.
 
 The kernels need compute capability 8.9 or later. Elsewhere plain torch emulates them, which is for
 measuring what the rounding costs, not for speed: `pusa_fast.weights.load_dit(..., precision="fp8")`
@@ -27,7 +28,8 @@ def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(q, scale) with x ~ q * scale: x [..., D]; q float8_e4m3fn [..., D]; scale float32 [..., 1]. No derivative.
+    """(q, scale) with x ~ q * scale: x [..., D]; q float8_e4m3fn [..., D]; scale float32 [..., 1].
+    No derivative.
 
     scale is max(amax, 1e-12) / 448.
     """
@@ -70,7 +72,8 @@ def residual_norm_fp8(
     tokens_per_frame: int | None = None,
     first_token: int = 0,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """`residual_norm` whose normalised tensor leaves as e4m3 rows: (r, (q, row_scale)). No derivative."""
+    """`residual_norm` whose normalised tensor leaves as e4m3 rows: (r, (q, row_scale)). No
+    derivative."""
     rows = {"scale": scale, "shift": shift, "weight": weight, "bias": bias}
     per_frame = check_residual("residual_norm_fp8", x, y, gate, rows, tokens_per_frame, first_token)
     if _emulated(x):
@@ -94,10 +97,11 @@ def _(x: Tensor, y: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scaled_linear(rows: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
-    """(q * scale) @ (w * w_scale)^T + bias in bf16: rows of `quantize_rows` times a weight quantised likewise.
+    """(q * scale) @ (w * w_scale)^T + bias in bf16: rows of `quantize_rows` times a weight
+    quantised likewise.
 
-    q [..., I], scale [..., 1]; w [O, I] float8_e4m3fn, w_scale [O, 1]; bias [O]. One scaled_mm where
-    the device multiplies fp8; elsewhere both are expanded to float32 first.
+    q [..., I], scale [..., 1]; w [O, I] float8_e4m3fn, w_scale [O, 1]; bias [O]. One scaled_mm
+    where the device multiplies fp8; elsewhere both are expanded to float32 first.
     """
     (q, scale), (w, w_scale) = rows, weight
     if q.is_cpu or (q.is_cuda and fp8_reason(q.device) is not None):

@@ -41,7 +41,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias in float32 or better, each row of x as if it came alone. x [R, I], weight [O, I], bias [O].
+    """x @ weight^T + bias in float32 or better, each row of x as if it came alone. x [R, I], weight
+    [O, I], bias [O].
 
     A matmul of several rows rounds by how many there are; this one does not. Inference only.
     """

@@ -63,8 +63,8 @@ def _(x: Tensor, y: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     return x.new_empty(0) if y is None else contiguous_like(x), contiguous_like(x), *stats
 
 
-# (dx, dy, dgate, dscale, dshift, dweight, dbias), empty if unwanted. Without a gate dy is dx. y is read, and needed, only
-# for dgate: training with frozen tables does not save it.
+# (dx, dy, dgate, dscale, dshift, dweight, dbias), empty if unwanted. Without a gate dy is dx. y is
+# read, and needed, only for dgate: training with frozen tables does not save it.
 _residual_norm_backward = Op(
     "residual_norm_backward(Tensor? dr, Tensor dn, Tensor r, Tensor? y, Tensor? gate, Tensor? scale, Tensor? weight, "
     "Tensor mean, Tensor rstd, bool want_gate, bool want_modulation, bool want_affine, SymInt tokens_per_frame, "
@@ -182,7 +182,8 @@ _gated_residual.derivative(_setup_gated_residual, _backward_gated_residual)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [..., D], weight [D]; returns x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [..., D], weight [D]; returns
+    x's dtype."""
     check_tensors("rms_norm", x, weight=weight)
     if x.ndim == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight must match x's last dimension: x {shape(x)}, weight {shape(weight)}")

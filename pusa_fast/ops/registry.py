@@ -37,7 +37,8 @@ def _probe_triton() -> str | None:
 
 @dataclass(frozen=True)
 class Backend:
-    """`probe` says why this machine cannot use it (None: it can); `module` has its launchers, None: plain torch."""
+    """`probe` says why this machine cannot use it (None: it can); `module` has its launchers, None:
+    plain torch."""
 
     probe: Callable[[], str | None]
     module: str | None
@@ -61,7 +62,8 @@ def backends() -> dict[str, str | None]:
 
 @contextmanager
 def use(name: str, probe: bool = True) -> Iterator[None]:
-    """Force the backend `name` inside this context, for the whole process: a switch for tests and measurements.
+    """Force the backend `name` inside this context, for the whole process: a switch for tests and
+    measurements.
 
     Raises ValueError for an unknown or unavailable backend. "triton" runs on the CPU under
     TRITON_INTERPRET=1. `probe` False accepts an unavailable one: for tensors on the meta device, of
@@ -81,10 +83,11 @@ def use(name: str, probe: bool = True) -> Iterator[None]:
 
 
 def choose(x: Tensor, *others: Tensor | None, only: str | None = None) -> str:
-    """The backend of an op whose streams these tensors are. Traceable: torch.compile sees constants.
+    """The backend of an op whose streams these tensors are. Traceable: torch.compile sees
+    constants.
 
-    `only`: the one backend that has kernels for the op. Raises ValueError if "native" is forced, has
-    kernels for the op, and does not take these tensors.
+    `only`: the one backend that has kernels for the op. Raises ValueError if "native" is forced,
+    has kernels for the op, and does not take these tensors.
     """
     name = _forced
     if name is None:
@@ -122,7 +125,8 @@ def recording(*tensors: Tensor | None) -> bool:
 
 
 def choose_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
-    """What multiplies x [..., I] by weight [O, I]: "cublaslt", "onednn", both with an epilogue, or "torch".
+    """What multiplies x [..., I] by weight [O, I]: "cublaslt", "onednn", both with an epilogue, or
+    "torch".
 
     Inductor picks matmuls itself, and knows oneDNN's with constant weights only.
     """
@@ -167,14 +171,16 @@ def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 
-# Library.impl costs a third of `custom_op`'s wrappers per call, and a schema is one line instead of a typed signature.
+# Library.impl costs a third of `custom_op`'s wrappers per call, and a schema is one line instead of
+# a typed signature.
 _LIBRARY: Any = torch.library.Library("pusa_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TENSORS = {Tensor, torch.nn.Parameter}
 _PLAIN = {type(None), bool, int, float, list, tuple, torch.Size, torch.dtype}
 
 
 def _observed(args: Sequence[Any]) -> bool:
-    """Whether anything but this process's memory must see a call: autograd, tracing, modes, functorch, subclasses."""
+    """Whether anything but this process's memory must see a call: autograd, tracing, modes,
+    functorch, subclasses."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -198,8 +204,8 @@ def _observed(args: Sequence[Any]) -> bool:
 class Op:
     """An op as `torch.ops.pusa_fast.<name>`, whose launcher has its arguments, and then `extra`.
 
-    A tensor that the launcher leaves out (None) comes back empty from the operator, whose schema has
-    no optional result. `check` refuses arguments of which it must know the addresses.
+    A tensor that the launcher leaves out (None) comes back empty from the operator, whose schema
+    has no optional result. `check` refuses arguments of which it must know the addresses.
     """
 
     def __init__(
@@ -242,7 +248,8 @@ class Op:
         return self.operator(*args) if _observed(args) else self._launch(backend, args)
 
     def _kernel(self, *args: Any) -> Any:
-        """What the operator runs. The dispatcher has chosen by device; `pusa_fast.ops` has checked the arguments."""
+        """What the operator runs. The dispatcher has chosen by device; `pusa_fast.ops` has checked
+        the arguments."""
         x = next(arg for arg in args if isinstance(arg, Tensor))
         backend = "triton" if x.is_cuda or _forced == "triton" else "native"
         if not _HAS_TRITON if backend == "triton" else _NATIVE_REASON is not None or not native.supports(x):

@@ -23,12 +23,13 @@ def qk_rope(
     *,
     first_token: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm of q and of k over all heads, then 3-D rotary embedding of adjacent pairs. Returns (q, k, v).
+    """RMSNorm of q and of k over all heads, then 3-D rotary embedding of adjacent pairs. Returns
+    (q, k, v).
 
-    qkv [B, L, 3, H, K], K even; weight_q, weight_k [H*K]; cos, sin [P, K/2], P >= max(grid), columns
-    in axis order as `rope_split(K)` says; grid (F, h, w) of the whole clip, of which qkv holds the L
-    tokens from first_token on. q, k, v are [B, L, H, K] in qkv's dtype; v is a view of qkv. With
-    `inplace`, inference only, q and k are too. Raises ValueError.
+    qkv [B, L, 3, H, K], K even; weight_q, weight_k [H*K]; cos, sin [P, K/2], P >= max(grid),
+    columns in axis order as `rope_split(K)` says; grid (F, h, w) of the whole clip, of which qkv
+    holds the L tokens from first_token on. q, k, v are [B, L, H, K] in qkv's dtype; v is a view of
+    qkv. With `inplace`, inference only, q and k are too. Raises ValueError.
     """
     op = "qk_rope"
     require(qkv.ndim == 5 and qkv.shape[2] == 3, op, "qkv must be [B, L, 3, H, K]", qkv)
@@ -63,7 +64,8 @@ def qk_rope(
     return q, k, v
 
 
-# (q, k, rstd_q, rstd_k) from the q and k views [B, L, H, K] of a packed projection; statistics [B, L].
+# (q, k, rstd_q, rstd_k) from the q and k views [B, L, H, K] of a packed projection; statistics [B,
+# L].
 _qk_rope = Op(
     "qk_rope(Tensor q, Tensor k, Tensor weight_q, Tensor weight_k, Tensor cos, Tensor sin, SymInt[] grid, "
     "SymInt first_token, float eps) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -10,7 +10,8 @@ from pusa_fast.ops.registry import Op, choose, contiguous_like
 
 
 def guided_euler_step(x: Tensor, v: Tensor, v_neg: Tensor | None, guidance: float, dsigma: Tensor) -> Tensor:
-    """x[f] += (v_neg + guidance * (v - v_neg))[f] * dsigma[f]; frames whose dsigma is 0 keep their bits.
+    """x[f] += (v_neg + guidance * (v - v_neg))[f] * dsigma[f]; frames whose dsigma is 0 keep their
+    bits.
 
     x, v, v_neg [B, C, F, h, w], v_neg None for no guidance; dsigma [F]. Returns x's dtype. Raises
     ValueError.

@@ -125,7 +125,8 @@ def load_text_encoder_state(
 
 
 def read_config(family: Family[C, M], where: StateSource) -> C:
-    """The configuration that `load_dit` and `load_vae` would use, from headers alone. Raises as they do."""
+    """The configuration that `load_dit` and `load_vae` would use, from headers alone. Raises as
+    they do."""
     found = files.open_source(where, family.places)
     _refuse_other_kinds(family, found)
     return _resolve_config(family, found, _by_official_name(family, found))

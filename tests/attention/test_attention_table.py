@@ -274,7 +274,8 @@ def test_a_package_that_works_is_taken(monkeypatch: pytest.MonkeyPatch, hopper: 
 
 
 def about(name: str, record: pytest.WarningsRecorder) -> list[str]:
-    """Warnings that `auto` passes over a backend. A CUDA build of torch without a driver passes over its own cuDNN as well."""
+    """Warnings that `auto` passes over a backend. A CUDA build of torch without a driver passes
+    over its own cuDNN as well."""
     return [text for w in record if (text := str(w.message)).startswith(f"attention: auto passes over {name}:")]
 
 

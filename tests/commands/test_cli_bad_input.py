@@ -27,8 +27,15 @@ from pusa_fast.pipeline import Run
 from pusa_fast.weights import checkpoint, keymap
 
 DEFAULTS = {
-    "num_frames": 17, "height": 64, "width": 64, "fps": 8, "steps": 4, "guidance_scale": 3.0, "shift": 3.0, "negative_prompt": "",
-}  # fmt: skip
+    "num_frames": 17,
+    "height": 64,
+    "width": 64,
+    "fps": 8,
+    "steps": 4,
+    "guidance_scale": 3.0,
+    "shift": 3.0,
+    "negative_prompt": "",
+}
 DIT = DiTConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=1, text_dim=16, freq_dim=16)
 VAE = VAEConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
 GENERATE = ["generate", "a red circle", "--model", "tiny"]
@@ -140,9 +147,18 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "noise of a keyframe in words": (["--keyframe", "first.png@1:some"], ["some"]),
     "noise of kept latents": (["--video", "nine.mp4", "--keep", "0-1", "--keep-noise", "0,2"], ["--keep-noise 2"]),
     "noise of an extension nan": (["--extend", "nine.mp4", "--keep-noise", "nan"], ["nan"]),
-    "counts that do not match": (["--video", "nine.mp4", "--keep", "0-2", "--keep-noise", "0,0.1"], ["2 values", "3 latents"]),
-    "counts of a transition": (["--transition", "nine.mp4", "nine.mp4", "--keep-noise", "0,0,0"], ["3 values", "4 latents"]),
-    "too many for the overlap": (["--extend", "nine.mp4", "--overlap", "5", "--keep-noise", "0,0,0"], ["3 values", "2 latents"]),
+    "counts that do not match": (
+        ["--video", "nine.mp4", "--keep", "0-2", "--keep-noise", "0,0.1"],
+        ["2 values", "3 latents"],
+    ),
+    "counts of a transition": (
+        ["--transition", "nine.mp4", "nine.mp4", "--keep-noise", "0,0,0"],
+        ["3 values", "4 latents"],
+    ),
+    "too many for the overlap": (
+        ["--extend", "nine.mp4", "--overlap", "5", "--keep-noise", "0,0,0"],
+        ["3 values", "2 latents"],
+    ),
     "two on one latent": (["--image", "first.png", "--keyframe", "first.png@0"], ["first.png both give latent 0"]),
     "two on the last latent": (["--end-image", "first.png", "--keyframe", "first.png@4"], ["latent 4"]),
     "kept latent twice": (["--video", "nine.mp4", "--keep", "1,0-2"], ["twice"]),
@@ -154,7 +170,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "one clip for a transition": (["--transition", "nine.mp4"], ["--transition"]),
     "extension shorter than kept": (["--extend", "nine.mp4", "--overlap", "13"], ["nine.mp4", "9 frames", "13"]),
     "video shorter than kept": (["--video", "nine.mp4", "--keep", "0-3"], ["nine.mp4", "9 frames", "13"]),
-    "second clip shorter than kept": (["--transition", "nine.mp4", "nine.mp4", "--ends", "2", "--fps", "4"], ["nine.mp4", "5 frames"]),
+    "second clip shorter than kept": (
+        ["--transition", "nine.mp4", "nine.mp4", "--ends", "2", "--fps", "4"],
+        ["nine.mp4", "5 frames"],
+    ),
     "noise without its picture": (["--image-noise", "0.2"], ["--image-noise needs --image"]),
     "overlap without its clip": (["--overlap", "9"], ["--overlap needs --extend"]),
     "video without keep": (["--video", "nine.mp4"], ["--video needs --keep"]),
@@ -168,7 +187,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "truncated video": (["--extend", "cut.mp4", "--overlap", "5"], ["cut.mp4", "truncated"]),
     "truncated after what is kept": (["--video", "cut.mp4", "--keep", "0"], ["cut.mp4", "truncated"]),
     "truncated second clip": (["--transition", "nine.mp4", "cut.mp4", "--ends", "1"], ["cut.mp4", "truncated"]),
-    "out folder that holds the input": (["--image", "numbered/0001.png", "--out", "numbered/", "--overwrite"], ["0001.png", "made from"]),
+    "out folder that holds the input": (
+        ["--image", "numbered/0001.png", "--out", "numbered/", "--overwrite"],
+        ["0001.png", "made from"],
+    ),
     "out folder that is a file": (["--out", "first.png/", "--overwrite"], ["first.png", "is a file"]),
     "sheet in a folder's place": (["--out", "pictures.mp4", "--overwrite"], ["pictures.json", "is a folder"]),
     "out without a name": (["--out", ""], ["names no file"]),
@@ -191,7 +213,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "output into nowhere": (["--out", "nowhere/clip.mp4"], ["nowhere", "does not exist"]),
     "output that exists": (["--out", "nine.mp4"], ["nine.mp4 exists", "--overwrite"]),
     "sheet that exists": (["--out", "first.mp4"], ["first.png exists", "--overwrite"]),
-    "output over its input": (["--extend", "nine.mp4", "--overlap", "5", "--out", "nine.mp4", "--overwrite"], ["nine.mp4", "made from"]),
+    "output over its input": (
+        ["--extend", "nine.mp4", "--overlap", "5", "--out", "nine.mp4", "--overwrite"],
+        ["nine.mp4", "made from"],
+    ),
     "sheet over its input": (["--image", "first.png", "--out", "first.mp4", "--overwrite"], ["first.png", "made from"]),
     "output over a folder": (["--out", "holiday", "--overwrite"], ["holiday", "photo.jpg"]),
     "model that is missing": (["--model", "nowhere"], ["nowhere", "not a model"]),
@@ -204,7 +229,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "record that is a clip": (["--from", "nine.mp4"], ["nine.mp4", "JSON"]),
     "record with an odd condition": (["--from", "odd.json"], ["first.png", "'zero'"]),
     "record with an odd rate": (["--from", "slow.json"], ["'8'"]),
-}  # fmt: skip
+}
 
 
 def is_answered(result: Result, parts: list[str]) -> bool:

@@ -24,8 +24,15 @@ from pusa_fast.weights import checkpoint, keymap
 
 WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "circle", "moves", "right", "on", "gray", "background")
 DEFAULTS = {
-    "num_frames": 17, "height": 32, "width": 48, "fps": 8, "steps": 2, "guidance_scale": 2.0, "shift": 3.0, "negative_prompt": "",
-}  # fmt: skip
+    "num_frames": 17,
+    "height": 32,
+    "width": 48,
+    "fps": 8,
+    "steps": 2,
+    "guidance_scale": 2.0,
+    "shift": 3.0,
+    "negative_prompt": "",
+}
 FPS = DEFAULTS["fps"]
 RED = torch.tensor([220, 30, 30], dtype=torch.uint8)
 

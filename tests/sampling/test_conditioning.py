@@ -14,7 +14,8 @@ from pusa_fast.sampling.task import Condition, Plan, resolve
 
 
 class FrameCounter:
-    """An encoder whose latent i holds the sum of its chunk's first channel; remembers what it was given."""
+    """An encoder whose latent i holds the sum of its chunk's first channel; remembers what it was
+    given."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, Any]] = []
@@ -60,7 +61,8 @@ def test_one_medium_is_encoded_once() -> None:
 
 
 def test_transition_takes_the_second_clip_from_its_second_latent() -> None:
-    """Its first 4K+1 frames are encoded alone; the last K latents of those are placed, never the first."""
+    """Its first 4K+1 frames are encoded alone; the last K latents of those are placed, never the
+    first."""
     first, second = a_clip(9), a_clip(40, 1000.0)
     clean, calls = encode(plan(Condition(first, slice(0, 2)), Condition(second, slice(-2, None), source=slice(1, 3))))
     assert calls == [(5, None), (9, None)]

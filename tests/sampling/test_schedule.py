@@ -16,7 +16,8 @@ MULTIPLIERS = [k * 5 / 100 for k in range(21)]
 
 
 class ReferenceScheduler:
-    """FlowMatchSchedulerPusaV2V written out as spec 2.1 to 2.3 has it, one frame at a time, `dtype` throughout."""
+    """FlowMatchSchedulerPusaV2V written out as spec 2.1 to 2.3 has it, one frame at a time, `dtype`
+    throughout."""
 
     def __init__(self, steps: int, shift: float, dtype: torch.dtype = torch.float32) -> None:
         sigma_min, sigma_max, denoising_strength = 0.0, 1.0, 1.0
@@ -26,7 +27,8 @@ class ReferenceScheduler:
         self.timesteps = self.sigmas * 1000
 
     def levels(self, timestep: Tensor, multiplier: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(sigma before, sigma after, timestep fed to the network) of one frame at the generation timestep `timestep`."""
+        """(sigma before, sigma after, timestep fed to the network) of one frame at the generation
+        timestep `timestep`."""
         index = int(torch.argmin((self.timesteps - timestep).abs()))
         sigma = self.sigmas[index]
         after = self.sigmas[index + 1] if index + 1 < len(self.timesteps) else torch.zeros_like(sigma)
@@ -62,7 +64,8 @@ def test_recorded_sigmas_and_timesteps(golden: Callable[[str], dict[str, Tensor]
 
 
 def test_float64_would_see_other_timesteps() -> None:
-    """Without these differences the tests above could not tell in which precision the schedule was computed."""
+    """Without these differences the tests above could not tell in which precision the schedule was
+    computed."""
     different, product = set(), set()
     for steps in range(1, 51):
         single, double = (ReferenceScheduler(steps, 5.0, dtype).timesteps for dtype in (torch.float32, torch.float64))

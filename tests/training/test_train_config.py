@@ -149,7 +149,7 @@ def test_identity_is_what_a_checkpoint_depends_on() -> None:
     ):  # fmt: skip
         assert changed(**free).identity() == base.identity(), free
     for fixed in (
-        {"seed": 1}, {"batch_size": 16}, {"lora": {"rank": 8}}, {"optim": {"lr": 1.0}}, 
+        {"seed": 1}, {"batch_size": 16}, {"lora": {"rank": 8}}, {"optim": {"lr": 1.0}},
         {"objective": {"p_async": 0.5}}, {"data": {"path": "clips", "validation_clips": 1}},
     ):  # fmt: skip
         assert changed(**fixed).identity() != base.identity(), fixed
