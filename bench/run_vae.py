@@ -1,8 +1,9 @@
-"""`bench vae`: encode and decode beside diffusers' AutoencoderKLWan on the same weights, and beside the bare convolutions.
+"""`bench vae`: encode and decode against diffusers' AutoencoderKLWan and the bare convolutions.
 
-On the CPU the true-size VAE on 17 frames of 128x224, float32 and bf16, all interleaved in one run; the result's "fp32" and "bf16"
-hold the ratios for "decode" and "encode", its "rows" tilings and chunk sizes against the whole clip. On CUDA 81 frames at 480p and
-720p in bf16, every way to run them as a row.
+On the CPU the true-size VAE on 17 frames of 128x224, float32 and bf16, all interleaved in one run;
+the result's "fp32" and "bf16" hold the ratios for "decode" and "encode", its "rows" tilings and
+chunk sizes against the whole clip. On CUDA 81 frames at 480p and 720p in bf16, every way to run
+them as a row.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from pusa_fast import VAEConfig, WanVAE
 
 Row = dict[str, Any]
 
-# The aims on a CPU, for encode and decode alike; and of blending and finishing a tiled decode against the reference's torch code.
+# The aims on a CPU, for encode and decode alike; and of blending and finishing a tiled decode
+# against the reference's torch code.
 TARGETS = {
     "fp32": {"speedup": 1.3, "x_floor": 1.25, "peak_ratio": 1.0},
     "bf16": {"speedup": 1.6, "x_floor": 1.25, "peak_ratio": 1.0},
@@ -90,7 +92,7 @@ def _run_cpu(options: Options, recorder: Recorder, config: VAEConfig | None) -> 
 
 
 def _models(config: VAEConfig, dtype: str, device: torch.device) -> tuple[WanVAE, Any, Row]:
-    """Ours, theirs where diffusers is there, and their errors. Raises AssertionError where the gate finds something off."""
+    """Ours, theirs if diffusers is installed, and their errors. AssertionError: the gate failed."""
     vae = our_model(config, DTYPES[dtype], device)
     theirs = their_model(vae) if importlib.util.find_spec("diffusers") else None
     return vae, theirs, {name: significant(error) for name, error in check(vae, theirs).items()}
@@ -115,7 +117,7 @@ def _compare_cpu(
 
 
 def _direction_cpu(vae: WanVAE, theirs: Any, direction: str, clip: Clip, device: torch.device, quick: bool) -> Row:
-    """diffusers' model and ours checked against each other at this size, then both and the floor in turn."""
+    """diffusers' model and ours, checked against each other, then timed with the floor."""
     x = make_input(vae, direction, clip)
     calls = {"pusa": our_call(vae, direction, x)}
     if theirs is not None:
@@ -124,7 +126,7 @@ def _direction_cpu(vae: WanVAE, theirs: Any, direction: str, clip: Clip, device:
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
     layers = conv_layers(vae, direction, clip)
     calls["floor"] = floor_call(layers)
-    if x.dtype == torch.bfloat16:  # in float32 laying out the weights is lost beside the products
+    if x.dtype == torch.bfloat16:  # in float32 the time to lay out weights is negligible
         calls["floor packed"] = floor_call(layers, packed=True)
     for name in calls.keys() - peaks.keys():
         calls[name]()  # the others are warm
@@ -193,7 +195,7 @@ def _show_cpu(recorder: Recorder, dtype: str, found: Row) -> None:
 
 
 def _variants_cpu(vae: WanVAE, clip: Clip, dtype: str, recorder: Recorder, quick: bool) -> list[Row]:
-    """Tilings and chunk sizes beside the whole clip as it is by default."""
+    """Tilings and chunk sizes against the whole clip with default chunks."""
     rows: list[Row] = []
     for direction in DIRECTIONS:
         common: Row = {"direction": direction, "shape": str(clip), "dtype": dtype}
@@ -214,7 +216,7 @@ def _own_variants(vae: WanVAE, direction: str, x: torch.Tensor, clip: Clip) -> l
 
 
 def _blend(recorder: Recorder, quick: bool) -> None:
-    """Blending and finishing a tiled decode against the reference's torch code, where its measurement is there."""
+    """Blending and finishing a tiled decode against the reference's code, if bench/ has it."""
     if importlib.util.find_spec("bench.vae_blend") is None:
         reason = "there is no bench/vae_blend.py"
         recorder.note(f"blend_speedup missing: {reason}")
@@ -266,7 +268,7 @@ def _run_cuda(options: Options, recorder: Recorder, config: VAEConfig | None) ->
 
 
 def _candidates_cuda(vae: WanVAE, theirs: Any, direction: str, clip: Clip) -> list[Candidate]:
-    """diffusers whole, in its own tiles only where that does not fit; ours in every way; the floor."""
+    """diffusers whole, or in its own tiles if that does not fit; ours in every way; the floor."""
     x = make_input(vae, direction, clip)
     found = []
     if theirs is not None:

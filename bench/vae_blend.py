@@ -1,9 +1,9 @@
-"""Blending decoded tiles into frames on the CPU: the reference's formulation in plain torch, and ours.
+"""Blending decoded tiles into frames on the CPU: the reference's way in plain torch, and ours.
 
-81 frames of 480x832 from the reference's tiles, (30, 52) at strides of (15, 26) in latent pixels, in
-bf16. The reference (docs/reference.md, 6.2; diffsynth `tiled_decode`, then `tensor2video`) adds tiles
-and masks in bf16, channels before frames, divides, clamps, and goes through float32 to uint8. Both
-start from decoded tiles, in the layout of their own VAE.
+81 frames of 480x832 from the reference's tiles, (30, 52) at strides of (15, 26) in latent pixels,
+in bf16. The reference (docs/reference.md, 6.2; diffsynth `tiled_decode`, then `tensor2video`) adds
+tiles and masks in bf16, channels before frames, divides, clamps, and goes through float32 to uint8.
+Both start from decoded tiles, in the layout of their own VAE.
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ def ours(case: Case, tiles: Sequence[Tensor]) -> Tensor:
 
 
 def run(quick: bool = False) -> dict[str, Any]:
-    """{"blend_speedup", "reference_s", "ours_s", "levels_off", "reference_levels_off", ..}: seconds as medians with p20 and p80.
+    """{"blend_speedup", "reference_s", "ours_s", "levels_off", "reference_levels_off", ..}.
 
+    Seconds are medians with p20 and p80.
     Before anything is timed our frames are compared with the same formula in float32 torch:
     RuntimeError where a level is more than one off. The reference is off by its rounding to bf16
     between tiles.

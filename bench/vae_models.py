@@ -1,9 +1,11 @@
-"""One video VAE in two implementations, ours and diffusers' AutoencoderKLWan, with the same weights; and the bare minimum.
+"""One video VAE by us and by diffusers (AutoencoderKLWan), same weights; and the bare minimum.
 
-Both do the same work on the same tensors: encode goes from pixels to the mean, normalised per channel; decode from normalised
-latents to pixels clamped to [-1, 1]. diffusers' own calls stop short of the normalisation: it is done for it inside the timing, on
-latents only, under a thousandth of its time. The floor is what any implementation has to compute: every convolution of the model
-in its published form, over the whole clip in one piece, on channels-last tensors that lie there ready with their padding in time.
+Both do the same work on the same tensors: encode goes from pixels to the mean, normalised per
+channel; decode from normalised latents to pixels clamped to [-1, 1]. diffusers' own calls stop
+short of the normalisation: it is done for it inside the timing, on latents only, under a thousandth
+of its time. The floor is what any implementation has to compute: every convolution of the model in
+its published form, over the whole clip in one piece, on channels-last tensors that already have
+their padding in time.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ GATE_CLIP = Clip(9, 16, 24)  # three latent frames: the second and third read wh
 
 
 def our_model(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> WanVAE:
-    """Random weights that keep the signal's size, and no parameter left at a constant: a missing bias or gain must show."""
+    """Random weights that keep the signal's size; a missing bias or gain must show."""
     torch.manual_seed(0)
     with device:
         vae = WanVAE(config)
@@ -67,7 +69,7 @@ def our_model(config: VAEConfig, dtype: torch.dtype, device: torch.device) -> Wa
 
 
 def their_model(vae: WanVAE) -> Any:
-    """diffusers' model with a copy of `vae`'s weights, in its dtype, as it is by default: no slicing, no tiling."""
+    """diffusers' model with a copy of `vae`'s weights, in its dtype, without slicing or tiling."""
     from diffusers import AutoencoderKLWan
 
     c = vae.config
@@ -85,7 +87,7 @@ def their_model(vae: WanVAE) -> Any:
 
 
 def make_input(vae: WanVAE, direction: str, clip: Clip) -> Tensor:
-    """Random pixels [1, 3, T, H, W] in [-1, 1] to encode, or random latents [1, C, F, h, w] to decode."""
+    """Random pixels [1, 3, T, H, W] in [-1, 1] to encode, or latents [1, C, F, h, w] to decode."""
     generator = torch.Generator(vae.device).manual_seed(5)
     shape = input_shape(vae.config, direction, clip)
     if direction == "encode":
@@ -113,7 +115,7 @@ def our_call(vae: WanVAE, direction: str, x: Tensor, tiling: Any = None) -> Call
 
 
 def their_call(theirs: Any, config: VAEConfig, direction: str, x: Tensor, tiled: bool = False) -> Call:
-    """What ours does: encode ends with the normalised mean, decode begins with normalised latents."""
+    """As ours: encode ends with the normalised mean, decode begins with normalised latents."""
     mean, std = statistics(config, x.device)
 
     def encode() -> Tensor:
@@ -131,7 +133,7 @@ def their_call(theirs: Any, config: VAEConfig, direction: str, x: Tensor, tiled:
 
 
 def plain(vae: WanVAE, direction: str, x: Tensor) -> Tensor:
-    """The same by the path that training takes: plain torch, the whole clip in one piece, no caches."""
+    """The same by training's path: plain torch, the whole clip in one piece, no caches."""
     mean, std = statistics(vae.config, x.device, torch.promote_types(x.dtype, torch.float32))
     if direction == "encode":
         return ((vae.encode_moments(x)[0] - mean) / std).to(x.dtype)
@@ -143,8 +145,8 @@ def plain(vae: WanVAE, direction: str, x: Tensor) -> Tensor:
 def convolutions_as_measured(vae: WanVAE) -> Iterator[None]:
     """Inside, small convolutions are done by what torch takes for large ones.
 
-    On the CPU it unrolls those of under a million inputs or so into matrix products, which sum in another order and round less than
-    oneDNN, which does all of the measured clip.
+    On the CPU it unrolls those of under a million inputs or so into matrix products, which sum in
+    another order and round less than oneDNN, which does all of the measured clip.
     """
     if not can_add(vae.device, vae.dtype):
         yield
@@ -162,9 +164,10 @@ def convolutions_as_measured(vae: WanVAE) -> Iterator[None]:
 
 @torch.no_grad()
 def check(vae: WanVAE, theirs: Any, clip: Clip = GATE_CLIP) -> dict[str, float]:
-    """Errors of both on a small clip against float64. Raises AssertionError where one is out of its budget.
+    """Errors of both on a small clip against float64. AssertionError: one exceeds its budget.
 
-    The budget of each is what plain torch's own error in the dtype gives it, not the other's: it does not shrink as ours gets better.
+    The budget of each is what plain torch's own error in the dtype gives it, not the other's: it
+    does not shrink as ours gets better.
     """
     exact = copy.deepcopy(vae).double()
     found: dict[str, float] = {}
@@ -184,7 +187,7 @@ def check(vae: WanVAE, theirs: Any, clip: Clip = GATE_CLIP) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Layer:
-    """One call of one convolution: the size of its input [N, C, (T,) H, W], the causal frames before the first included."""
+    """A convolution's call: the size of its input [N, C, (T,) H, W], causal frames included."""
 
     module: Any  # nn.Conv2d or nn.Conv3d
     size: tuple[int, ...]
@@ -201,7 +204,7 @@ class Layer:
         return int(2 * self.size[0] * places * m.in_channels * m.out_channels * math.prod(m.kernel_size))
 
     def pieces(self) -> Iterator[tuple[int, ...]]:
-        """Its size, cut along the frames where it is too large for one call; frames that two pieces read are in both."""
+        """Its size, cut along the frames if too large for one call; pieces overlap as needed."""
         axis, k, stride = (0, 1, 1) if len(self.size) == 4 else (2, self.module.kernel_size[0], self.module.stride[0])
         left = (self.size[axis] - k) // stride + 1
         most = max(1, (_PIECE // (math.prod(self.size) // self.size[axis]) - k) // stride + 1)
@@ -212,9 +215,10 @@ class Layer:
 
 
 def conv_layers(vae: WanVAE, direction: str, clip: Clip) -> list[Layer]:
-    """The convolutions that a clip goes through, recorded from the training path on the meta device.
+    """The convolutions of a clip, recorded from the training path on the meta device.
 
-    Raises AssertionError where a convolution of that half was not called as a module: the floor would miss it.
+    Raises AssertionError where a convolution of that half was not called as a module: the floor
+    would miss it.
     """
     with torch.device("meta"):
         twin = WanVAE(vae.config).eval().requires_grad_(False)
@@ -248,9 +252,11 @@ def conv_layers(vae: WanVAE, direction: str, clip: Clip) -> list[Layer]:
 
 
 def floor_call(layers: Sequence[Layer], packed: bool = False) -> Call:
-    """Every convolution alone, one after the other. `packed` (CPU): weights in oneDNN's own layout for each input, laid out before.
+    """Every convolution alone, one after the other.
 
-    All inputs are views of one random buffer, as large as the largest: outputs are dropped at once, so little memory is held.
+    `packed` (CPU): with weights already in oneDNN's own layout for each input.
+    All inputs are views of one random buffer, as large as the largest: outputs are dropped at once,
+    so little memory is held.
     """
     weight = layers[0].module.weight
     packed = packed and can_add(weight.device, weight.dtype)  # oneDNN has bf16 on some CPUs only

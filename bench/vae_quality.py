@@ -18,7 +18,10 @@ def psnr(value: Tensor, reference: Tensor) -> float | None:
 
 
 def tile_lines(length: int, tile: int, stride: int, scale: int) -> list[int]:
-    """Where tiles begin or end inside an axis of `length` latent pixels, in units of 1/scale: x lies between entries x-1 and x."""
+    """Where tiles begin or end inside an axis of `length` latent pixels, in units of 1/scale.
+
+    Line x is between entries x-1 and x.
+    """
     edges = {edge for span in tile_spans(length, tile, stride) for edge in span} - {0, length}
     return sorted(scale * edge for edge in edges)
 
@@ -26,9 +29,10 @@ def tile_lines(length: int, tile: int, stride: int, scale: int) -> list[int]:
 def seam(error: Tensor, rows: Iterable[int], columns: Iterable[int]) -> float | None:
     """How much more the error jumps across tile borders than elsewhere; 1: no seam.
 
-    `error` [..., H, W] is tiled minus whole, `rows` and `columns` the borders as `tile_lines` gives them. The mean of |error[y] -
-    error[y-1]| over all y in `rows`, and |error[x] - error[x-1]| over all x in `columns`, divided by the mean of the same differences
-    at all other places. None where there is no border, or no error elsewhere to compare with.
+    `error` [..., H, W] is tiled minus whole, `rows` and `columns` the borders as `tile_lines` gives
+    them. The mean of |error[y] - error[y-1]| over all y in `rows`, and |error[x] - error[x-1]| over
+    all x in `columns`, divided by the mean of the same differences at all other places. None where
+    there is no border, or no error elsewhere to compare with.
     """
     at, apart = [0.0, 0], [0.0, 0]
     for axis, lines in ((-2, rows), (-1, columns)):

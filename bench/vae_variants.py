@@ -1,4 +1,4 @@
-"""Ways to run one direction of the VAE side by side: whole, tiled, in chunks, diffusers, the floor; a row of the result for each."""
+"""Ways to run one direction of the VAE, compared: whole, tiled, in chunks, diffusers, the floor."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ _MEMORY_MODEL = "pusa_fast.model.vae.memory"
 
 @dataclass(frozen=True)
 class Candidate:
-    """`call` None: cannot run here, for this `reason`. `approximate`: differs from whole by more than rounding, as blending does.
+    """`call` None: cannot run here, for this `reason`.
 
-    `instead_of`: runs only where that one failed. `predicted`: peak bytes by the model that chooses tilings.
+    `approximate`: differs from whole by more than rounding, as blending does.
+    `instead_of`: runs only where that one failed. `predicted`: peak bytes by the model that chooses
+    tilings.
     """
 
     name: str
@@ -112,9 +114,11 @@ def no_memory_model() -> list[Row]:
 def compare(
     candidates: Sequence[Candidate], clip: Clip, device: torch.device, budget: float, min_rounds: int, max_rounds: int
 ) -> list[Row]:
-    """A row for each. Those of `REFERENCES` come first: the others are compared with them, and must agree unless approximate.
+    """A row for each.
 
-    What a candidate raises, out of memory above all, or that it computes something else, is a finding: it is not timed.
+    Those of `REFERENCES` come first: the others are compared with them, and must agree unless
+    approximate. What a candidate raises, out of memory above all, or that it computes something
+    else, is a finding: it is not timed.
     """
     rows: dict[str, Row] = {}
     runs: dict[str, Run] = {}
@@ -146,7 +150,7 @@ def compare(
 
 
 def _look(candidate: Candidate, call: Call, values: dict[str, Tensor], device: torch.device) -> Row:
-    """One call for its value, a second for its peak. Raises AssertionError where it should equal a reference and does not."""
+    """One call for its value, one for its peak. AssertionError: it differs from its reference."""
     row: Row = {"status": "ok"}
     value = call()
     for name, other in values.items() if isinstance(value, Tensor) else ():
@@ -167,7 +171,7 @@ def _look(candidate: Candidate, call: Call, values: dict[str, Tensor], device: t
 
 
 def _differences(value: Tensor, other: Tensor, name: str, lines: Lines | None) -> Row:
-    """Relative error; of pixels the PSNR too; and the seam metric where tiles are compared with our own whole result."""
+    """Relative error; of pixels also PSNR; of our tiles against whole also the seam metric."""
     found: Row = {f"error_{name}": significant(relative_error(value, other))}
     if value.shape[1] == 3:
         quality = psnr(value, other)

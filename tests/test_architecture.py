@@ -52,7 +52,7 @@ ARROWS: dict[str, set[str]] = {
     "video": {"errors"},
     "ops": {"kernels", "native"},
     "attention": {"kernels", "_native", "device"},
-    "model": {"ops", "attention", "config", "native", "_native", "device", "_lazy"},
+    "model": {"ops", "attention", "config", "device", "_lazy"},
     "weights": {"config", "model", "_lazy"},
     "sampling": {"ops", "_lazy", "errors"},
     "media": {"video", "sampling"},  # sampling: the name of a file as a medium

@@ -1,4 +1,4 @@
-"""A box of a picture from the tiles that cover it: gathered, placed or blended, and finished to uint8, by one op.
+"""A box of a picture from its tiles: gathered, placed, blended and finished to uint8 by one op.
 
 T frames, H/W height and width, C channels. The masks are the reference's
 (diffsynth/models/wan_video_vae.py, `build_mask`); sums are float32, or float64 of float64 tiles.
@@ -48,8 +48,8 @@ def blend_box_(
 ) -> None:
     """out = sum of mask * tile / sum of masks, over `tiles` in their order.
 
-    out [T, h, w, C], uint8 or a float dtype, contiguous in w and C: the box at (top, left) = `at` of
-    a picture of H x W (default: out's own). Tiles are of one float dtype and inside the picture;
+    out [T, h, w, C], uint8 or a float dtype, contiguous in w and C: the box at (top, left) = `at`
+    of a picture of H x W (default: out's own). Tiles are of one float dtype and inside the picture;
     those that miss the box are passed over. A mask is the smaller of a ramp down and a ramp across,
     `borders` long, at those edges of a tile that are inside the picture.
 
@@ -98,10 +98,11 @@ def _check_inside(what: str, x: Tensor, top: int, left: int, picture: Pair) -> N
 
 
 def feather_mask(span: tuple[int, int], length: int, border: int, device: torch.device) -> Tensor:
-    """Weights of a tile along one axis [span length]: a ramp of `border` entries at each end inside the picture.
+    """Weights of a tile along one axis [span length].
 
-    Where the ramps overlap the far one wins, as in the reference. A tile shorter than the border,
-    which the reference cannot do, takes the part of the ramp that fits.
+    They are a ramp of `border` entries at each end that is inside the picture, and 1 between. Where
+    the ramps overlap the far one wins, as in the reference. A tile shorter than the border, which
+    the reference cannot do, takes the part of the ramp that fits.
     """
     size = span[1] - span[0]
     mask = torch.ones(size, device=device)

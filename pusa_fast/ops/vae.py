@@ -1,10 +1,9 @@
-"""The VAE's memory-bound step between convolutions, and the convolutions, on channels-last clips. Inference only.
+"""The VAE's convolutions and the memory-bound step between them. Inference only.
 
 Shapes: B batch, T frames, H/W pixels, C channels in, O out; a clip is [B, T, H, W, C], contiguous
-where it is a result. Outputs of `vae_act_` are written in place, so that a producer fills the part of
-a window that the next convolution reads. Convolutions go through torch's libraries: cuDNN, oneDNN.
-On the meta device their results take the memory that they take elsewhere (torch's own rule there may
-pick another layout).
+where it is a result. Outputs of `vae_act_` are written in place, so that a producer fills the part
+of a window that the next convolution reads. Convolutions go through torch's libraries: cuDNN,
+oneDNN.
 """
 
 from __future__ import annotations
@@ -31,13 +30,15 @@ def vae_act_(
     silu: bool = True,
     upsampled: bool = False,
 ) -> None:
-    """r = y (+ bias) (+ x) ; out = act(r / max(||r||, 1e-12) * sqrt(C) * gamma), act SiLU or identity, where r and out are given.
+    """r = y (+ bias) (+ x) ; out = act(r / max(||r||, 1e-12) * sqrt(C) * gamma).
 
-    out, x, r [B, T, H, W, C], views with a last stride of 1, of one float dtype; y is too, or with `upsampled`
-    [B, T, H/2+1, W/2+1, 4*C], the phases of an upsampling convolution (see `reference.vae_act`). gamma, bias: C elements of
-    any float dtype and shape; out needs gamma. The norm reads r before it is rounded. r may be x or y itself (not y where
-    upsampled); otherwise outputs share no memory with inputs or each other. Meta tensors: checked, nothing else. Inference
-    only: raises ValueError where autograd would record, or where arguments do not fit.
+    Whichever of r and out is given is written; act is SiLU or identity.
+    out, x, r [B, T, H, W, C], views with a last stride of 1, of one float dtype; y is too, or with
+    `upsampled` [B, T, H/2+1, W/2+1, 4*C], the phases of an upsampling convolution (see
+    `reference.vae_act`). gamma, bias: C elements of any float dtype and shape; out needs gamma. The
+    norm reads r before it is rounded. r may be x or y itself (not y where upsampled); otherwise
+    outputs share no memory with inputs or each other. Meta tensors: checked, nothing else.
+    Inference only: raises ValueError where autograd would record, or where arguments do not fit.
     """
     like = r if out is None else out
     if like is None:
@@ -128,29 +129,27 @@ _vae_act_ = Op(
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0, stride: tuple[int, int, int] = (1, 1, 1)
 ) -> Tensor:
-    """`padding` zeros around each frame, none in time: [B, T, H, W, C] -> [B, T', H', W', O]; weight [O, C, kt, kh, kw].
+    """[B, T, H, W, C] -> [B, T', H', W', O]; weight [O, C, kt, kh, kw].
 
+    `padding` zeros around each frame, none in time.
     A single frame before kt > 1 taps is the start of a clip: the taps before it meet zeros.
     """
     if x.shape[1] == 1:
         return convolve_frames(x, weight[:, :, -1], bias, padding, stride[1])
     pads = (0, padding, padding)
-    if x.is_meta:
-        return _empty(x, weight, x.shape[1:4], pads, stride)
     return _run(x.permute(0, 4, 1, 2, 3), weight, bias, pads, stride).permute(0, 2, 3, 4, 1).contiguous()
 
 
 def convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0, stride: int = 1) -> Tensor:
     """Each frame for itself: [B, T, H, W, C] -> [B, T, H', W', O]; weight [O, C, kh, kw]."""
-    if x.is_meta:
-        return _empty(x, weight[:, :, None], x.shape[1:4], (0, padding, padding), (1, stride, stride))
     out = _run(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias, (padding, padding), (stride, stride))
     return torch.unflatten(out.permute(0, 2, 3, 1).contiguous(), 0, x.shape[:2])
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     if can_add(x.device, x.dtype):
-        # Asked for by name: on one thread torch would rather unroll small inputs into matrices, 27 times their size.
+        # Asked for by name: on one thread torch would rather unroll small inputs into matrices, 27
+        # times their size.
         ones = (1,) * len(padding)
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, ones, 1)
     convolution = nnf.conv2d if x.ndim == 4 else nnf.conv3d
@@ -163,10 +162,7 @@ def can_add(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def convolve_add_(into: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> None:
-    """into += convolve(x, weight, bias, padding), in the convolution's own epilogue, where `can_add` says so."""
-    if x.is_meta:
-        _meanwhile = weight[:, :, -1].contiguous() if x.shape[1] == 1 else None
-        return
+    """into += convolve(x, weight, bias, padding), in the convolution's epilogue, if `can_add`."""
     other, x = into.permute(0, 4, 1, 2, 3), x.permute(0, 4, 1, 2, 3)
     pads = [0, padding, padding]
     if x.shape[2] == 1:
@@ -175,9 +171,3 @@ def convolve_add_(into: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, 
     torch.ops.mkldnn._convolution_pointwise_.binary(
         other, x, weight, bias, pads, ones, ones, 1, "add", 1.0, None, [], None
     )
-
-
-def _empty(x: Tensor, weight: Tensor, size: torch.Size, pads: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    _meanwhile = torch.empty_like(weight)  # torch lays weights out channels-last for the call
-    out = ((n + 2 * p - k) // s + 1 for n, p, k, s in zip(size, pads, weight.shape[2:], stride, strict=True))
-    return x.new_empty(x.shape[0], *out, weight.shape[0])

@@ -71,7 +71,7 @@ def test_blending_an_identity_gives_the_picture_back(
 def test_cells_have_the_bits_of_the_whole_plan_at_once(
     rows: tuple[int, int, int], columns: tuple[int, int, int], batch: int
 ) -> None:
-    """Tiles that have nothing to do with each other, grown threefold: no tile is dropped too early, or added twice."""
+    """Unrelated tiles, grown threefold: no tile is dropped too early, or added twice."""
     tiling = Tiling((rows[1], columns[1]), (rows[2], columns[2]))
     places = [(top, left) for top, _ in tile_spans(*rows) for left, _ in tile_spans(*columns)]
     spans = {(t, l): (b - t, r - l) for t, b in tile_spans(*rows) for l, r in tile_spans(*columns)}

@@ -1,4 +1,4 @@
-"""The VAE against the reference's tensors, streamed in chunks of every length, tiled, and with gradients."""
+"""The VAE against the reference's tensors: streamed in any chunks, tiled, and with gradients."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_stages_may_cut_a_clip_each_in_its_own_way(
 def test_frames_leave_in_pieces_that_stay_as_they_are(
     vae: WanVAE, golden: GoldenLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """uint8 frames of each piece, truncated or rounded; the input and earlier pieces are not written to again."""
+    """uint8 frames, truncated or rounded; the input and earlier pieces are not written to."""
     z = golden("vae")["f17.latent"]
     before, video = z.clone(), vae.decode(z)
     monkeypatch.setattr(Stage, "latents_per_piece", lambda *_: 2)
@@ -189,7 +189,7 @@ def test_dtype_follows_the_caller_and_output_is_clamped(vae: WanVAE) -> None:
 
 @pytest.mark.parametrize("tiling", [None, Tiling(tile=(3, 3), stride=(2, 2)), Tiling(tile=(3, 3), mode="exact")])
 def test_half_precision_stays_near_float32(vae: WanVAE, tiling: Tiling | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 weights, what a GPU runs: within a few of its roundings, whole, tiled and streamed; flat input stays finite."""
+    """bf16 weights, what a GPU runs: within a few of its roundings; flat input stays finite."""
     monkeypatch.setattr(Stage, "latents_per_piece", lambda *_: 1)
     half = copy.deepcopy(vae).to(torch.bfloat16)
     clip = torch.rand(1, 3, 9, 32, 32) * 2 - 1

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from pusa_fast import Tiling, VAEConfig, WanVAE
-from pusa_fast.model.vae import blending
+from pusa_fast import Tiling, VAEConfig, WanVAE, ops
 from pusa_fast.model.vae.memory import peak_bytes
+from pusa_fast.native import tiles as native_tiles
+from pusa_fast.ops.tiles import Tile, blend_box_
 from pusa_fast.testing import assert_within_budget, make_input, relative_error
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-BACKENDS = ("native-cuda", "torch")
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +32,13 @@ def on_gpu(vae: WanVAE) -> WanVAE:
     return twin.to(CUDA)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if not blending.BACKENDS[request.param].serves(CUDA, torch.float32):
-        pytest.skip("the compiled part holds no CUDA code here")
-    return str(request.param)
+@pytest.fixture(params=["native", "torch"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    reason = native_tiles.cuda_reason(torch.cuda.current_device())
+    if request.param == "native" and reason is not None:
+        pytest.skip(reason)
+    with nullcontext() if request.param == "native" else ops.use("reference"):
+        yield request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -64,34 +68,31 @@ def test_frames_are_those_of_the_cpu(vae: WanVAE, on_gpu: WanVAE, monkeypatch: p
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tiles_on_the_gpu(backend: str, dtype: torch.dtype) -> None:
     source = make_input(5, 24, 31, 3, dtype=dtype)
-    places = [(0, 0), (0, 15), (8, 0), (8, 15)]
-    tops, lefts = [p[0] for p in places], [p[1] for p in places]
-    tiles = blending.gather_tiles(source.to(CUDA), (16, 16), tops, lefts, backend)
-    assert torch.equal(tiles.cpu(), blending.gather_tiles(source, (16, 16), tops, lefts, "torch"))
-    blends = {
-        where: blending.Blend(5, 24, 31, 3, (8, 1), torch.device(where), dtype, name)
-        for where, name in (("cuda", backend), ("cpu", "torch"))
-    }
-    for where, blend in blends.items():
-        blend.add(tiles.to(where), tops, lefts)
-    exact = blending.Blend(5, 24, 31, 3, (8, 1), torch.device("cpu"), torch.float64, "torch")
-    exact.add(tiles.double().cpu(), tops, lefts)
-    assert_within_budget(
-        blends["cuda"].values(clamp=False).cpu(), blends["cpu"].values(clamp=False), exact.values(clamp=False)
-    )
-    for rounded in (False, True):
-        assert (blends["cuda"].frames(rounded).cpu().int() - blends["cpu"].frames(rounded).int()).abs().max() <= 1
+    tiles = [Tile(source[:, t : t + 16, l : l + 16], t, l) for t in (0, 8) for l in (0, 15)]
+    on_gpu = [Tile(tile.values.to(CUDA), tile.top, tile.left) for tile in tiles]
+    exact = torch.empty(5, 24, 31, 3, dtype=torch.float64)
+    blend_box_(exact, [Tile(tile.values.double(), tile.top, tile.left) for tile in tiles], borders=(8, 1))
+    for out_dtype in (torch.float32, torch.uint8):
+        for rounded in (False, True):
+            found, plain = (torch.empty(5, 24, 31, 3, dtype=out_dtype, device=where) for where in (CUDA, "cpu"))
+            blend_box_(found, on_gpu, borders=(8, 1), rounded=rounded)
+            with ops.use("reference"):
+                blend_box_(plain, tiles, borders=(8, 1), rounded=rounded)
+            if out_dtype == torch.uint8:
+                assert (found.cpu().int() - plain.int()).abs().max() <= 1
+            else:
+                assert_within_budget(found.cpu(), plain, exact)
 
 
 def test_a_stream_of_its_own(backend: str) -> None:
     """What is queued on the caller's stream is seen by it, in order."""
-    values = make_input(4, 64, 64, 3)
+    values, found = make_input(4, 64, 64, 3), torch.empty(4, 64, 64, 3, dtype=torch.uint8, device=CUDA)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        late = values.to(CUDA, non_blocking=True) * 0.5
-        found = blending.finish_frames(late, False, backend=backend)
+        blend_box_(found, [Tile(values.to(CUDA, non_blocking=True) * 0.5)])
     stream.synchronize()
-    assert (found.cpu().int() - blending.finish_frames(values * 0.5, False, backend="torch").int()).abs().max() <= 1
+    wanted = ((values * 0.5 + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    assert (found.cpu().int() - wanted.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("tiling", [None, Tiling(tile=(15, 26), mode="exact")], ids=["whole", "exact"])

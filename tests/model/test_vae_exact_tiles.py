@@ -1,4 +1,4 @@
-"""Exact tiles: that they are the whole picture, that a stage sees no more than it must, and what they cost."""
+"""Exact tiles: that they are the whole picture, how far a stage sees, and what they cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pusa_fast import Tiling, VAEConfig, WanVAE
-from pusa_fast.model.vae.modes import exact_boxes
 from pusa_fast.model.vae.stages import Stage, full, overcompute, trace
 from pusa_fast.testing import assert_within_budget, make_input
 from pusa_fast.weights import load_vae
@@ -67,7 +66,7 @@ def test_boxes_cover_and_sources_stay_inside(length: int, tile: int, kind: str) 
     runner = _META.runner(kind)
     scale = runner.outer[-1].scale[1]
     covered: list[int] = []
-    for rows, columns in exact_boxes((length, 3), Tiling(tile=(tile, 3), mode="exact"), scale):
+    for rows, columns in Tiling(tile=(tile, 3), mode="exact").boxes((length, 3), scale):
         covered += range(*rows)
         route = trace(runner.outer, (rows, columns), (length, 3))
         for stage, source, crop in zip(runner.outer, route.sources, route.crops, strict=True):
@@ -82,7 +81,7 @@ def test_boxes_cover_and_sources_stay_inside(length: int, tile: int, kind: str) 
 
 @pytest.mark.parametrize("kind", ["encode", "decode"])
 def test_halos_are_as_wide_as_needed_and_not_much_wider(vae: WanVAE, kind: str) -> None:
-    """Changing a pixel beyond a traced source leaves the box alone; inside its outermost rows some pixel matters."""
+    """A pixel beyond a traced source changes nothing; some pixel of its outermost rows does."""
     runner = vae.runner(kind)
     latents = 24
     size = (latents, 1)
@@ -106,7 +105,8 @@ def test_halos_are_as_wide_as_needed_and_not_much_wider(vae: WanVAE, kind: str) 
     outside[:, :, :start] += 1
     outside[:, :, stop:] += 1
     assert torch.equal(result(outside), before)
-    # A stage's span is rounded to whole input pixels at each change of resolution: at most two rows a stage are not needed.
+    # A stage's span is rounded to whole input pixels at each change of resolution: at most two rows
+    # a stage are not needed.
     slack = 2 * len(runner.outer) * first.scale[0] // min(s.scale[0] for s in runner.outer)
     for rows in (slice(start, start + slack), slice(stop - slack, stop)):
         inside = x.clone()
@@ -116,10 +116,10 @@ def test_halos_are_as_wide_as_needed_and_not_much_wider(vae: WanVAE, kind: str) 
 
 def test_overcompute(vae: WanVAE) -> None:
     runner = vae.runner("decode")
-    boxes = list(exact_boxes((12, 10), Tiling(tile=(12, 10), mode="exact"), 8))
+    boxes = Tiling(tile=(12, 10), mode="exact").boxes((12, 10), 8)
     assert overcompute(runner.outer, boxes, (12, 10), runner.inner) == 1
     costs = [
-        overcompute(runner.outer, exact_boxes((12, 10), Tiling(tile=(t, t), mode="exact"), 8), (12, 10), runner.inner)
+        overcompute(runner.outer, Tiling(tile=(t, t), mode="exact").boxes((12, 10), 8), (12, 10), runner.inner)
         for t in (8, 4, 2)
     ]
     assert 1 < costs[0] < costs[1] < costs[2]
@@ -143,7 +143,8 @@ def test_stages_of_the_published_vae() -> None:
         ((4, 4), (8, 4), 96), ((4, 2), (4, 2), 192), ((2, 1), (2, 1), 384), ((1, 1), (1, 1), 384),
     ]  # fmt: skip
     assert full(3, 4) == ((0, 3), (0, 4))
-    # 480p in bf16: one latent frame of the last stage is 4 frames of 480x832x96, of the first 60x104x384.
+    # 480p in bf16: one latent frame of the last stage is 4 frames of 480x832x96, of the first
+    # 60x104x384.
     sizes = [
         stage.latents_per_piece(full(60 * s, 104 * s), 2, 4 * 480 * 832 * 96 * 2)
         for stage, s in zip(decode.stages, (1, 1, 2, 4), strict=True)

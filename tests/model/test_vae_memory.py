@@ -16,7 +16,8 @@ from pusa_fast.ops import registry
 from pusa_fast.testing import make_input, relative_error
 
 CPU = torch.device("cpu")
-# Without bf16 in oneDNN torch converts whole clips to float32 on its way, which no prediction knows of.
+# Without bf16 in oneDNN torch converts whole clips to float32 on its way, which no prediction knows
+# of.
 DTYPES = [
     torch.float32,
     pytest.param(
@@ -68,7 +69,7 @@ def test_a_long_clip_in_feathered_tiles_takes_what_is_predicted(
 
 
 def test_pieces_and_tiles_bound_memory(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clip four times as long takes hardly more beside its frames, and a tile a fraction of the whole."""
+    """A clip four times as long takes hardly more besides its frames, and a tile a fraction."""
     monkeypatch.setattr(vae, "chunk_bytes", 1)
     short, long = (peak_bytes(vae, "decode", (1, 16, n, 30, 52), frames=True) for n in (5, 20))
     assert long < 1.05 * short
@@ -94,7 +95,7 @@ def test_auto_is_whole_where_that_fits_else_the_largest_tiles_that_do(vae: WanVA
     ("kind", "shape", "diffusers_mib"), [("decode", (1, 16, 5, 16, 28), 301), ("encode", (1, 3, 17, 128, 224), 224.7)]
 )
 def test_the_published_size_takes_less_than_diffusers(kind: str, shape: tuple[int, ...], diffusers_mib: float) -> None:
-    """bf16 on the CPU; diffusers' figures are those that bench vae measured (bench/results/vae-cpu.json)."""
+    """bf16 on the CPU; diffusers' figures are bench vae's (bench/results/vae-cpu.json)."""
     with torch.device("meta"):
         full = WanVAE().to(torch.bfloat16)
     full.adds = True
@@ -102,7 +103,7 @@ def test_the_published_size_takes_less_than_diffusers(kind: str, shape: tuple[in
 
 
 def test_auto_answers_soon(vae: WanVAE) -> None:
-    """The published size at 720p, where nothing fits: one plan of the smallest tiles, not one of each grid."""
+    """The published size at 720p, where nothing fits: plans the smallest tiles, not each grid."""
     with torch.device("meta"):
         full = WanVAE()
     start = time.perf_counter()

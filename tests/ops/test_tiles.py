@@ -1,4 +1,4 @@
-"""Boxes made of tiles: masks, blending, levels, for any sizes, compiled and in plain torch, against float64."""
+"""Boxes made of tiles: masks, blending, levels; compiled and in torch, against float64."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def oracle(tiles: list[Tile], picture: tuple[int, int], borders: tuple[int, int]
 
 @st.composite
 def scattered(draw: st.DrawFn, dtype: torch.dtype) -> tuple[list[Tile], tuple[int, int], tuple[int, int]]:
-    """Tiles of any size anywhere in a picture, one of which is the whole of it; the picture and the borders."""
+    """Tiles anywhere in a picture, the first as large as it; the picture and the borders."""
     rows, columns = draw(size), draw(size)
     picture, borders = (rows[0], columns[0]), (rows[2], columns[2])
     tiles = [Tile(torch.randn(2, *picture, 3).to(dtype))]
@@ -64,7 +64,7 @@ def scattered(draw: st.DrawFn, dtype: torch.dtype) -> tuple[list[Tile], tuple[in
 @settings(max_examples=60)
 @given(st.data(), st.sampled_from(DTYPES), st.booleans())
 def test_any_tiles_blend_within_budget(data: st.DataObject, dtype: torch.dtype, rounded: bool) -> None:
-    """Tiles that have nothing to do with each other; every box of the picture has its bits, and levels are one of 255 off."""
+    """Unrelated tiles. Every box has the bits of the whole; levels are at most one off."""
     tiles, picture, borders = data.draw(scattered(dtype))
     shape, where = (2, *picture, 3), {"picture": picture, "borders": borders}
     expected, wide = oracle(tiles, picture, borders), torch.promote_types(dtype, torch.float32)
@@ -83,7 +83,7 @@ def test_any_tiles_blend_within_budget(data: st.DataObject, dtype: torch.dtype, 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gathers_and_places(backend: str, dtype: torch.dtype) -> None:
-    """With one tile: a part of it, from any strides, and it in a part of something larger, whose rest stays."""
+    """With one tile of any strides: a part of it; it in a larger tensor, whose rest stays."""
     values = torch.randn(5, 9, 11, 4).to(dtype)
     values[0, 0, 0, 0] = -0.0
     for source in (
@@ -109,7 +109,7 @@ def test_gathers_and_places(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rounded", [False, True])
 def test_levels_are_those_of_the_reference(backend: str, dtype: torch.dtype, rounded: bool) -> None:
-    """Bit for bit the formula of sampling.conditioning.to_frames, at every level, its halves and beyond the ends."""
+    """To the bit sampling.conditioning.to_frames: levels, their halves, beyond the ends."""
     values = (torch.linspace(-3, 258, 1035, dtype=torch.float64) / 127.5 - 1).to(dtype).view(1, 23, 15, 3)
     expected = ((values.to(torch.promote_types(dtype, torch.float32)) + 1) * 127.5).clip(0, 255)
     expected = (expected.round() if rounded else expected).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Feathered tiles: a clip is run tile by tile, and each part of the result is finished once its tiles are there.
+"""Feathered tiles: runs a clip tile by tile and finishes each part of the result as soon as it can.
 
 T frames, H/W height and width, C channels. Tiles run row by row, so a tile is the last to cover the
 pixels from its start to the next tile's: its cell. They are blended then, and tiles that no later
@@ -29,11 +29,11 @@ def blend(
     clamp: bool = False,
     rounded: bool = False,
 ) -> None:
-    """Fill out [T', out_scale*h, out_scale*w, C'] from tiles of source [T, in_scale*h, in_scale*w, C].
+    """Fill out [T', out_scale*h, out_scale*w, C'] from source [T, in_scale*h, in_scale*w, C].
 
-    `run` takes up to `batch` tiles [N, T, in_scale*th, in_scale*tw, C], views that it must not write
-    to, and returns [N, T', out_scale*th, out_scale*tw, C'] of one float dtype. `clamp`, `rounded`: see
-    `ops.tiles.blend_box_`. Raises ValueError for results of another shape.
+    `run` takes up to `batch` tiles [N, T, in_scale*th, in_scale*tw, C], views that it must not
+    write to, and returns [N, T', out_scale*th, out_scale*tw, C'] of one float dtype. `clamp`,
+    `rounded`: see `ops.tiles.blend_box_`. Raises ValueError for results of another shape.
     """
     S = out_scale
     picture = (out.shape[1], out.shape[2])
@@ -69,7 +69,7 @@ def _groups(columns: list[Cell], most: int) -> Iterator[list[Cell]]:
 
 
 def _views(strip: Tensor, group: list[Cell], scale: int) -> Tensor:
-    """Tiles [N, T, H, w, C] of a strip [T, H, W, C]: what comes first in the model copies its input anyway."""
+    """Tiles [N, T, H, w, C] of a strip [T, H, W, C]: views, as the first layer copies its input."""
     start, stop, until = group[0]
     strip = strip[:, :, start * scale : group[-1][1] * scale]
     return strip.unfold(2, (stop - start) * scale, (until - start) * scale).permute(2, 0, 1, 4, 3)

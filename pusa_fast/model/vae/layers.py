@@ -1,7 +1,8 @@
-"""The layers of the Wan2.1 VAE: parameters under the official names, and the plain forward of a whole clip, with gradients.
+"""The layers of the Wan2.1 VAE: official parameter names, and a plain forward with gradients.
 
-Shapes: B batch, C channels, T frames, H/W pixels. Every layer is causal in time: frame t sees frames <= t only. Inference
-runs the same parameters through `vae_stream`, piece by piece. Source: Wan2.1 wan/modules/vae.py.
+Shapes: B batch, C channels, T frames, H/W pixels. Every layer is causal in time: frame t sees
+frames <= t only. Inference runs the same parameters through `vae_stream`, piece by piece. Source:
+Wan2.1 wan/modules/vae.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pusa_fast.config import VAEConfig
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution whose temporal padding lies entirely in the past. [B, C, T, H, W] -> [B, C', T, H, W]."""
+    """Convolution with its temporal padding in the past. [B, C, T, H, W] -> [B, C', T, H, W]."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int, int]) -> None:
         k = (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size
@@ -30,7 +31,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 class RMSNorm(nn.Module):
-    """L2 normalisation over the channels, times sqrt(C) and a gain; statistics in at least float32."""
+    """L2 norm over the channels, times sqrt(C) and a gain; statistics in at least float32."""
 
     def __init__(self, channels: int, dims: int = 3) -> None:
         super().__init__()
@@ -38,7 +39,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        # The factor stays in float32: it overflows half precision where a pixel's channels are near zero.
+        # The factor stays in float32: it overflows half precision where a pixel's channels are near
+        # zero.
         normed: Tensor = (x * (x.shape[1] ** 0.5 / norm.clamp_min(1e-12))).to(x.dtype)
         return normed * self.gamma
 
@@ -96,14 +98,15 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = _from_frames(self.resample(_to_frames(x)), x.shape[0])
-        # The clip's first frame passes as it is; each later pair is merged with the frame before it.
+        # The clip's first frame passes as it is; each later pair is merged with the frame before
+        # it.
         if self.time_conv is None or x.shape[2] == 1:
             return x
         return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
 
 
 class Upsample(nn.Module):
-    """Doubles height and width and halves the channels; with `temporal` also doubles the frames after the first."""
+    """Doubles height and width, halves the channels; `temporal`: also doubles later frames."""
 
     def __init__(self, channels: int, temporal: bool) -> None:
         super().__init__()
@@ -118,7 +121,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.time_conv is not None and x.shape[2] > 1:
-            # The clip's first frame is not doubled, nor is it part of the history of those after it.
+            # The clip's first frame is not doubled, nor is it part of the history of those after
+            # it.
             pairs = torch.unflatten(
                 self.time_conv(x[:, :, 1:]), 1, (2, -1)
             )  # [B, 2, C, T, H, W]: the two frames of each

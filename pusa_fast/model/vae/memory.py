@@ -1,8 +1,8 @@
-"""How much memory a pass through the VAE takes, found by running its own code on tensors without storage.
+"""How much memory a pass through the VAE takes, by running its own code on tensors without storage.
 
-So the prediction follows the code. It leaves out what torch's allocator does not hand out: on the CPU,
-oneDNN's copy of the weight of the current convolution (16 MB at most, in float32). It leaves out
-cuDNN's workspaces too.
+So the prediction follows the code. It leaves out what torch's allocator does not hand out: on the
+CPU, oneDNN's copy of the weight of the current convolution (16 MB at most, in float32). It leaves
+out cuDNN's workspaces too.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Libraries(Tracker):  # type: ignore[no-untyped-call]
-    """Gives convolutions the results that cuDNN and oneDNN give them: on meta torch may pick another layout."""
+    """Convolutions as in cuDNN and oneDNN: on meta torch may pick another layout."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default:
@@ -95,7 +95,7 @@ class _FusedAttention(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Largest(Tiling):
-    """Exact tiles that all take memory alike, so the one that sees most runs twice: then the result is there too."""
+    """Exact tiles take memory alike: only the one that sees most runs, twice: with a result too."""
 
     runner: Runner | None = None
 
@@ -108,7 +108,7 @@ class _Largest(Tiling):
 def peak_bytes(
     vae: WanVAE, kind: str, shape: tuple[int, ...], tiling: Tiling | None = None, frames: bool = False
 ) -> int:
-    """Most bytes that `vae.encode` ("encode") or `vae.decode` ("decode") of a tensor of this shape holds at once.
+    """Most bytes held at once by `vae.encode` ("encode") or `vae.decode` ("decode") of this shape.
 
     Beyond weights and input, in the VAE's dtype; the result counts. `frames`: of `decode_frames`
     instead, whose pieces leave. Raises ValueError for shapes that the VAE refuses.
@@ -148,10 +148,10 @@ def _peak(
 def resolve(
     vae: WanVAE, kind: str, shape: tuple[int, ...], tiling: Tiling | None, frames: bool = False
 ) -> Tiling | None:
-    """What `Tiling.auto()` means here: None (whole) where that fits, else the largest exact tiles that do.
+    """What `Tiling.auto()` means: None (whole) if that fits, else the largest exact tiles that do.
 
     A function of shape, settings and the device's total memory. Other tilings are returned as they
-    are. `frames`: see `peak_bytes`. Raises ValueError where not even the smallest tiles fit.
+    are. `frames`: see `peak_bytes`. Raises ValueError if not even the smallest tiles fit.
     """
     if tiling is None or tiling.mode != "auto":
         return tiling

@@ -1,8 +1,8 @@
 """The causal video VAE: 8x8x4 compression, any clip length, whole or in tiles.
 
-Shapes: B batch, C channels, T frames of pixels (4k+1), F = 1 + (T-1)/4 latent frames, H/W pixels, h/w
-latent pixels. Frame t sees frames <= t only, so a clip passes in pieces of any length with the same
-result (`stages`), and frames leave while later ones are still to come. Source: Wan2.1
+Shapes: B batch, C channels, T frames of pixels (4k+1), F = 1 + (T-1)/4 latent frames, H/W pixels,
+h/w latent pixels. Frame t sees frames <= t only, so a clip passes in pieces of any length with the
+same result (`stages`), and frames leave while later ones are still to come. Source: Wan2.1
 wan/modules/vae.py; parameter names are its own.
 """
 
@@ -24,16 +24,17 @@ from pusa_fast.model.vae.stream import pointwise
 from pusa_fast.model.vae.tiling import Tiling
 from pusa_fast.ops.vae import can_add
 
-# The largest activation of a piece. On the CPU it should stay in the caches, and be small enough for
-# malloc to reuse; on a GPU it should keep all processors busy at latent resolution.
+# The largest activation of a piece. On the CPU it should stay in the caches, and be small enough
+# for malloc to reuse; on a GPU it should keep all processors busy at latent resolution.
 _CHUNK_BYTES_CPU = 32 << 20
 _CHUNK_SHARE_CUDA = 64
 _MOST_ELEMENTS = 1 << 30  # beyond 2^31 elements cuDNN falls back to slow code
 
 
 class WanVAE(nn.Module):
-    """Video <-> normalised latents. `encode` and `decode` stream; `encode_moments`/`decode_whole` are for training.
+    """Video <-> normalised latents.
 
+    `encode` and `decode` stream; `encode_moments` and `decode_whole` are for training.
     `chunk_bytes`: size of the largest activation of a piece, which decides how many frames run
     together. None: 32 MiB on the CPU, 1/64 of a GPU's memory. Results are the same for any.
     """
@@ -57,7 +58,7 @@ class WanVAE(nn.Module):
         return self.conv1.weight.device
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames of a clip of `frames` frames; ValueError unless frames = 4k+1 (temporal factor 4)."""
+        """Latent frames of a clip. ValueError unless frames = 4k+1 (temporal factor 4)."""
         factor = self.config.temporal_factor
         if frames < 1 or (frames - 1) % factor:
             below = max(1, (frames - 1) // factor * factor + 1)
@@ -68,8 +69,8 @@ class WanVAE(nn.Module):
     def encode(self, video: Tensor, tiling: Tiling | None = None) -> Tensor:
         """Mean of the posterior, normalised per channel.
 
-        video [B, 3, T, H, W] in [-1, 1], T = 4k+1, H and W multiples of 8 -> [B, z_dim, F, H/8, W/8]
-        in video's dtype. Raises ValueError for other shapes. `tiling`: see `Tiling`.
+        video [B, 3, T, H, W] in [-1, 1], T = 4k+1, H and W multiples of 8 -> [B, z_dim, F, H/8,
+        W/8] in video's dtype. Raises ValueError for other shapes. `tiling`: see `Tiling`.
         """
         s = self.config.spatial_factor
         if video.ndim != 5 or video.shape[1] != 3 or not video.shape[0]:
@@ -89,10 +90,10 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor, tiling: Tiling | None = None) -> Tensor:
-        """[B, z_dim, F, h, w] normalised latents -> video [B, 3, 1 + 4(F-1), 8h, 8w] in [-1, 1], in z's dtype.
+        """Normalised latents [B, z_dim, F, h, w] -> video [B, 3, 1 + 4(F-1), 8h, 8w] in [-1, 1].
 
-        The result is channels-last in memory. Raises ValueError for another number of channels or an
-        empty clip.
+        The result has z's dtype and is channels-last in memory. Raises ValueError for another number
+        of channels or an empty clip.
         """
         sums = torch.promote_types(self.dtype, torch.float32)
         dtype = z.dtype if z.dtype.itemsize < sums.itemsize else sums
@@ -101,15 +102,15 @@ class WanVAE(nn.Module):
         return video.to(z.dtype).permute(0, 4, 1, 2, 3)
 
     def decode_frames(self, z: Tensor, tiling: Tiling | None = None, rounded: bool = False) -> Iterator[Tensor]:
-        """As `decode`, but uint8 frames [B, t, 8h, 8w, 3], piece by piece in order, on the VAE's device.
+        """As `decode`, but uint8 frames [B, t, 8h, 8w, 3] piece by piece, on the VAE's device.
 
-        (x + 1) * 127.5, truncated as in the reference, or `rounded`. In tiles there is one piece, the
-        whole clip.
+        (x + 1) * 127.5, truncated as in the reference, or `rounded`. In tiles there is one piece,
+        the whole clip.
         """
         return self._decode(z, tiling, Finish(torch.uint8, rounded=rounded), frames=True)
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance, not normalised, of a clip [B, 3, T, H, W] in one piece, with gradients."""
+        """Mean and log-variance, not normalised, of a clip [B, 3, T, H, W], with gradients."""
         mu, logvar = self.conv1(self.encoder(video)).chunk(2, dim=1)
         return mu, logvar
 
@@ -156,11 +157,14 @@ class WanVAE(nn.Module):
             del piece
 
     def resolve(self, kind: str, shape: tuple[int, ...], tiling: Tiling | None, frames: bool = False) -> Tiling | None:
-        """What `tiling` means to "encode" or "decode" a tensor of this shape: None (whole), or tiles. See `memory.resolve`."""
+        """What `tiling` means for "encode" or "decode" of this shape: None (whole), or tiles.
+
+        See `memory.resolve`.
+        """
         return vae_memory.resolve(self, kind, shape, tiling, frames)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, [C] in float32, to which they promote latents of the VAE's dtype."""
+        """Mean and standard deviation of the latents, [C]; in float32, to promote latents."""
         mean, std = (
             torch.tensor(s, device=self.device, dtype=torch.float32)
             for s in (self.config.latents_mean, self.config.latents_std)
@@ -170,7 +174,10 @@ class WanVAE(nn.Module):
 
 @contextmanager
 def _alone(device: torch.device) -> Iterator[None]:
-    """Without gradients, autocast and inference mode: a piece may be made in one of the caller's contexts and used in another."""
+    """Without gradients, autocast and inference mode.
+
+    A piece may be made in one of the caller's contexts and used in another.
+    """
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
         if torch.amp.is_autocast_available(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))

@@ -59,7 +59,10 @@ class Finish:
 
 @dataclass(frozen=True)
 class Runner:
-    """Encoder or decoder: its stages, and how pieces are run. `adds`: see `Stream`; `chunk_bytes`: see `WanVAE`."""
+    """Encoder or decoder: its stages, and how pieces are run.
+
+    `adds`: see `Stream`; `chunk_bytes`: see `WanVAE`.
+    """
 
     stages: Sequence[Stage]
     adds: bool
@@ -87,7 +90,7 @@ class Runner:
         return self.stages[1:] if self.decodes else self.stages[:-1]
 
     def run(self, stages: Sequence[Stage], x: Tensor, clip: Clip, box: Box | None = None) -> Pieces:
-        """`box` of the result of consecutive stages (default: all); x is the whole input, which is not written to."""
+        """`box` (default: all) of the result of consecutive stages on x, which stays as it is."""
         scale = stages[-1].scale[1]
         box = box or full(clip.size[0] * scale, clip.size[1] * scale)
         route = trace(stages, box, clip.size)
@@ -95,7 +98,7 @@ class Runner:
         return flow(stages, source, clip.latents, route, Stream(self.adds), self.item_bytes, self.chunk_bytes)
 
     def overcompute(self, size: tuple[int, int], tiling: Tiling | None) -> float:
-        """Multiplications with this tiling over those of the whole clip; `size`: latent rows and columns."""
+        """Multiplications with this tiling over those without; `size`: latent rows and columns."""
         if tiling is None:
             return 1.0
         if tiling.mode == "exact":
@@ -108,7 +111,7 @@ class Runner:
 
 
 def join(pieces: Pieces, frames: int) -> Tensor:
-    """Pieces [.., t, H, W, C] as one tensor of `frames` frames, each written to its place as it comes."""
+    """Pieces [.., t, H, W, C] as one tensor of `frames` frames, each copied as soon as it comes."""
     out: Tensor | None = None
     start = 0
     for piece in pieces:

@@ -1,8 +1,9 @@
-"""The VAE as stages of one resolution each, and the flow of a clip's pieces through them, of whole frames or of a region.
+"""The VAE as stages of one resolution each, through which a clip or a box of it flows in pieces.
 
-A stage is what lies between two changes of resolution. It cuts what it is given into pieces of its own size, so that wide
-low-resolution stages run long pieces and none holds more than it must. Lengths are counted in latent frames: the first
-stands for one frame, each later one for `rate` frames. Spans are (start, stop) pixels along one axis.
+A stage is everything between two changes of resolution. It cuts what it is given into pieces of its
+own size, so that wide low-resolution stages run long pieces and none holds more than it must.
+Lengths are counted in latent frames: the first stands for one frame, each later one for `rate`
+frames. Spans are (start, stop) pixels along one axis.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from pusa_fast.model.vae.tiling import Box, Span
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers that work at one resolution, with the change of resolution before (decoder) or behind them (encoder).
+    """Layers of one resolution, and the resampling before (decoder) or after them (encoder).
 
-    `rate`: frames per latent frame, of its input and of its output; `scale`: pixels per latent pixel, likewise, along each
-    axis; the stage works at the larger of each. `channels`: the widest that it works with there.
+    `rate`: frames per latent frame, of its input and of its output; `scale`: pixels per latent
+    pixel, likewise, along each axis; the stage works at the larger of each. `channels`: the widest
+    that it works with there.
     """
 
     layers: tuple[nn.Module, ...]
@@ -41,11 +43,11 @@ class Stage:
 
     @property
     def halo(self) -> int:
-        """How many pixels of its working resolution its 3x3 convolutions reach, those of the resampling aside."""
+        """How many working pixels its 3x3 convolutions reach, those of the resampling aside."""
         return sum(_REACH.get(type(layer), 0) for layer in self.layers)
 
     def source(self, need: Span, size: int) -> Span:
-        """The span of the input that the span `need` of the output depends on; `size`: the whole input."""
+        """The span of the input that the output's span `need` depends on; `size`: all input."""
         start, stop = need
         if self.scale[0] < self.scale[1]:  # output row p reads input rows (p - 1) // 2 .. (p + 1) // 2
             start, stop = max(0, start - self.halo), min(2 * size, stop + self.halo)
@@ -56,7 +58,7 @@ class Stage:
         return max(0, start - self.halo), min(size, stop + self.halo)
 
     def result(self, source: Span) -> Span:
-        """The span of the output that a span of the input becomes, with edges that are right only where the picture ends."""
+        """The output's span made of one of the input. Its edges are right only at the picture's."""
         before, after = self.scale
         return source[0] * after // before, source[1] * after // before
 
@@ -66,7 +68,7 @@ class Stage:
         return area(source) * max(1, after // before) ** 2
 
     def latents_per_piece(self, source: Box, item_bytes: int, chunk_bytes: int) -> int:
-        """How many latent frames to run together, so that an activation stays within `chunk_bytes`; at least one."""
+        """How many latent frames run together: at least one, activations within `chunk_bytes`."""
         frame = self.working_area(source) * self.channels * item_bytes
         return max(1, chunk_bytes // (frame * max(self.rate)))
 
@@ -137,14 +139,14 @@ def area(box: Box) -> int:
 
 @dataclass(frozen=True)
 class Route:
-    """A box of the result, traced back through stages: the box of each one's input, and what to cut out of its output."""
+    """A box traced back through stages: the box of each one's input, and the crop of its output."""
 
     sources: tuple[Box, ...]
     crops: tuple[Box, ...]
 
 
 def trace(stages: Sequence[Stage], box: Box, size: tuple[int, int]) -> Route:
-    """What the stages must see for `box` of the last one's output to be right. `size`: latent rows and columns."""
+    """What the stages must see to make `box` of the result. `size`: latent rows and columns."""
     sources: list[Box] = []
     crops: list[Box] = []
     need = box
@@ -167,7 +169,7 @@ def crop(x: Tensor, box: Box) -> Tensor:
 def flow(
     stages: Sequence[Stage], x: Tensor, latents: int, route: Route, stream: Stream, item_bytes: int, chunk_bytes: int
 ) -> Iterator[Tensor]:
-    """Pieces [B, t, H', W', C'] of what the stages make of x [B, T, H, W, C], which holds `route`'s first source.
+    """Pieces [B, t, H', W', C'] made by the stages of x [B, T, H, W, C], `route`'s first source.
 
     `latents`: of the whole clip. A piece is valid until the next one is asked for.
     """
@@ -206,7 +208,7 @@ def _share(frames: int, rate: int, first: bool, limit: int) -> Iterator[int]:
 
 
 def overcompute(stages: Sequence[Stage], boxes: Iterable[Box], size: tuple[int, int], whole: Sequence[Stage]) -> float:
-    """Multiplications of `stages` run box by box, and of `whole` run once, over those without boxes."""
+    """Multiplications with `stages` run box by box and `whole` once, over those without boxes."""
     rows, columns = size
     at_once = [
         stage.cost * stage.working_area(full(rows * stage.scale[0], columns * stage.scale[0])) for stage in stages

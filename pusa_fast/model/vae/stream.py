@@ -1,9 +1,10 @@
-"""Inference through the layers of the VAE: a clip passes in pieces, and its 3x3x3 convolutions pad and join nothing by a copy.
+"""Inference through the layers of the VAE, piece by piece, without copies to pad or join pieces.
 
-A causal convolution reads a *window*, [B, past + T, H, W, C]: the last frames of the piece before, then this piece, which
-the kernel that makes it (norm, SiLU, and the sums before them) writes in place. The windows of all layers share one buffer,
-since each is done with before the next is filled; between pieces a layer keeps only its past frames. Any division of a clip
-into pieces gives the same result.
+A causal convolution reads a *window*, [B, past + T, H, W, C]: the last frames of the piece before,
+then this piece, which the kernel that makes it (norm, SiLU, and the sums before them) writes in
+place. The windows of all layers share one buffer, since each is done with before the next is
+filled; between pieces a layer keeps only its past frames. Any division of a clip into pieces gives
+the same result.
 
 Shapes: [B, T, H, W, C], contiguous unless said otherwise; C' = the layer's output channels.
 """
@@ -27,8 +28,8 @@ from pusa_fast.ops.vae import convolve, convolve_add_, convolve_frames
 class Stream:
     """What the layers of one clip remember between pieces, and the buffer that their windows share.
 
-    `adds`: convolutions add to the residual stream themselves (`ops.vae.can_add`). `last`: the piece under way
-    is the clip's last, so that nothing has to be remembered.
+    `adds`: convolutions add to the residual stream themselves (`ops.vae.can_add`). `last`: the
+    piece under way is the clip's last, so that nothing has to be remembered.
     """
 
     def __init__(self, adds: bool) -> None:
@@ -45,7 +46,7 @@ class Stream:
         return new
 
     def room(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """The shared buffer as a tensor of this shape, its contents undefined; what was in it before is lost."""
+        """The shared buffer as a tensor of this shape, contents undefined; it loses what it had."""
         size = math.prod(shape)
         if self._room is None or self._room.numel() < size:
             self._room = None  # released before the larger one is made
@@ -53,7 +54,7 @@ class Stream:
         return self._room[:size].view(shape)
 
     def window(self, layer: nn.Module, past: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-        """A window for a piece [B, T, H, W, C], and the part of it that the piece is to be written to."""
+        """A window for a piece [B, T, H, W, C], and the part of it to write the piece to."""
         B, T, *pixel = shape
         history = self._history.get(layer)
         past = 0 if history is None and T == 1 else past  # a picture: the taps before it would meet zeros
@@ -63,7 +64,7 @@ class Stream:
         return window, window[:, past:]
 
     def remember(self, layer: nn.Module, past: int, window: Tensor) -> None:
-        """Keep the last `past` frames of a window that has been filled; frames before the clip are zeros."""
+        """Keep the last `past` frames of a filled window; frames before the clip are zeros."""
         if self.last or not past:
             return
         B, frames, *pixel = window.shape
@@ -84,7 +85,8 @@ class Stream:
 class Sum:
     """An activation x + y + bias that nobody has added up yet; each may be missing.
 
-    `phases`: y is [B, T, H/2+1, W/2+1, 4*C], the four phases of an upsampled picture (`ops.vae_act_`).
+    `phases`: y is [B, T, H/2+1, W/2+1, 4*C], the four phases of an upsampled picture
+    (`ops.vae_act_`).
     """
 
     x: Tensor | None
@@ -105,7 +107,7 @@ class Sum:
         return (B, T, 2 * (H - 1), 2 * (W - 1), C // 4) if self.phases else (B, T, H, W, C)
 
     def value(self, into: Tensor | None = None) -> Tensor:
-        """The sum, written to `into` if given. Uses it up: the caller's reference keeps no memory alive."""
+        """The sum, written to `into` if given. Uses it up: this object keeps no memory alive."""
         x, y, r = self._take(into)
         if y is not None:
             ops.vae_act_(y, x=x, bias=self.bias, r=r, upsampled=self.phases)
@@ -123,7 +125,7 @@ class Sum:
         return r
 
     def _take(self, into: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """x, y, and where the sum may lie: in `into`, else in place of a part that it uses up."""
+        """x, y, and where to put the sum: `into`, else a part that it uses up."""
         x, y = self.x, self.y
         r = self.any.new_empty(self.shape) if self.phases and x is None and into is None else self.any
         self.x = self.y = None
@@ -142,10 +144,11 @@ def pointwise(layer: nn.Module, x: Tensor, channels: int | None = None) -> Tenso
 
 
 def upsampling_phases(weight: Tensor) -> Tensor:
-    """Nearest-neighbour doubling and the 3x3 convolution after it as one 2x2 convolution: [O, C, 3, 3] -> [4*O, C, 2, 2].
+    """Nearest doubling and a 3x3 convolution as one of 2x2: [O, C, 3, 3] -> [4*O, C, 2, 2].
 
-    Output row 2i+a reads upsampled rows 2i+a-1 .. 2i+a+1, which are only two rows of the picture: i-1, i, i for a = 0 and
-    i, i, i+1 for a = 1; columns alike. Taps that meet the same pixel are added (in float32): 16 products a pixel for 36.
+    Output row 2i+a reads upsampled rows 2i+a-1 .. 2i+a+1, which are only two rows of the picture:
+    i-1, i, i for a = 0 and i, i, i+1 for a = 1; columns alike. Taps that meet the same pixel are
+    added (in float32): 16 multiplications a pixel instead of 36.
     """
     w = weight.to(torch.promote_types(weight.dtype, torch.float32))
     rows = torch.stack(
@@ -217,7 +220,7 @@ def _downsample(layer: Downsample, value: Sum, stream: Stream) -> Sum:
 
 
 def _halve_frames(conv: nn.Conv3d, x: Tensor, stream: Stream) -> Tensor:
-    """The clip's first frame passes as it is; each later pair is merged with the frame before it."""
+    """The clip's first frame is kept; each later pair is merged with the frame before it."""
     first = stream.first(conv)
     if first:
         window = x
@@ -240,7 +243,7 @@ def _upsample(layer: Upsample, value: Sum, stream: Stream) -> Sum:
 
 
 def _double_frames(conv: CausalConv3d, x: Tensor, stream: Stream) -> Tensor:
-    """The first frame of the clip is not doubled, nor is it part of the history of those after it."""
+    """The clip's first frame is neither doubled nor part of the history of later ones."""
     B, T, H, W, C = x.shape
     alone = 1 if stream.first(conv) else 0
     doubled = x.new_empty(B, alone + 2 * (T - alone), H, W, C)

@@ -75,7 +75,7 @@ class Tiling:
 
 
 def tile_spans(length: int, tile: int, stride: int) -> list[Span]:
-    """The tiles along one axis. The last one may be shorter; none is wholly inside its predecessor."""
+    """The tiles along one axis: the last may be shorter; none is wholly inside its predecessor."""
     starts = [p for p in range(0, length, stride) if p < stride or p - stride + tile < length]
     return [(p, min(p + tile, length)) for p in starts]
 
