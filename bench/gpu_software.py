@@ -1,8 +1,8 @@
 """The software of a GPU machine on one without a GPU: kernels compiled under two versions of
 Triton, CPU tests under its torch.
 
-    python -m bench.gpu_software DIR --setup [--python python3.12]      # once: an environment of 3 GB in DIR
-    python -m bench.gpu_software DIR [--out FILE] [-- tests/kernels -x] # both checks; words after -- go to pytest
+    python -m bench.gpu_software DIR --setup [--python python3.12]  # once: 3 GB in DIR
+    python -m bench.gpu_software DIR [--out FILE] [-- PYTEST WORDS] # both checks
 
 GPU builds of torch import only where CUDA's libraries are. Here a library of functions that fail
 takes the place of each one that is missing: CPU ops and tests run, Triton compiles, and whatever
@@ -161,8 +161,10 @@ def check(folder: Path, words: list[str]) -> dict[str, Any]:
     # Isolated builds would fetch their own tools; the tests need no CUDA code.
     install = ["install", "-q", "--no-deps", "--no-build-isolation", "-Ccmake.define.PUSA_CUDA=OFF", "-e", ROOT]
     subprocess.run([python, "-m", "pip", *install], check=True, env=variables)
-    source = "import json, platform, numpy, torch, triton; " + (
-        "print(json.dumps({m.__name__: m.__version__ for m in (torch, triton, numpy)} | {'python': platform.python_version()}))"
+    source = (
+        "import json, platform, numpy, torch, triton\n"
+        "versions = {m.__name__: m.__version__ for m in (torch, triton, numpy)}\n"
+        "print(json.dumps(versions | {'python': platform.python_version()}))"
     )
     software = json.loads(subprocess.check_output([python, "-c", source], env=variables))
     here = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -34,7 +34,8 @@ class Library:
             try:
                 importlib.import_module(name)
             except Exception as error:
-                return f"{name} does not import ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): {self.install}"
+                first = next(iter(str(error).splitlines()), "")
+                return f"{name} does not import ({type(error).__name__}: {first}): {self.install}"
         return None
 
 

@@ -76,7 +76,8 @@ def their_model(vae: WanVAE) -> Any:
     with torch.device("meta"):  # saves drawing weights that are replaced at once
         model: Any = AutoencoderKLWan(
             base_dim=c.base_dim, z_dim=c.z_dim, dim_mult=list(c.dim_mult), num_res_blocks=c.num_res_blocks,
-            temperal_downsample=list(c.temporal_downsample), latents_mean=list(c.latents_mean), latents_std=list(c.latents_std),
+            temperal_downsample=list(c.temporal_downsample), latents_mean=list(c.latents_mean),
+            latents_std=list(c.latents_std),
         )  # fmt: skip
     own = {
         keymap.vae_to_diffusers(name, len(c.dim_mult), c.num_res_blocks): tensor.clone()

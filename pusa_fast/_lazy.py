@@ -1,4 +1,4 @@
-"""Public names that load on first use (PEP 562), so that importing a package imports nothing heavy."""
+"""Public names that load on first use (PEP 562): importing a package imports nothing heavy."""
 
 from __future__ import annotations
 

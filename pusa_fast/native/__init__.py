@@ -31,8 +31,8 @@ def missing(*functions: str) -> str | None:
     if not absent:
         return None
     return (
-        f"the compiled part lacks {', '.join(absent)}: it is older than this source, or its compiler was neither GCC nor "
-        "Clang; to build it again: pip install -e ."
+        f"the compiled part lacks {', '.join(absent)}: it is older than this source, or its compiler was "
+        "neither GCC nor Clang; to build it again: pip install -e ."
     )
 
 

@@ -225,7 +225,7 @@ def qk_rope_backward(
     rstd_k: Tensor,
     want_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dq, dk, dweight_q, dweight_k) by what `qk_rope_forward` took, the last two None if unwanted."""
+    """(dq, dk, dweight_q, dweight_k) of `qk_rope_forward`'s, the last two None if unwanted."""
     width = q.shape[2] * q.shape[3]
     dweight_q, dweight_k = (_room(q, width) if want_weights else None for _ in range(2))
     results = _like(q), _like(q), dweight_q, dweight_k

@@ -109,7 +109,7 @@ def choose_tiles(out: Tensor, placed: tiles.Places) -> str:
 
 
 def _onednn_bf16() -> bool:
-    """Whether oneDNN multiplies bf16 here, and this torch lets one call its linear layer directly."""
+    """Whether oneDNN multiplies bf16 here, and this torch lets us call its linear layer."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):
         return False
     supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -157,7 +157,8 @@ def fp8_reason(device: torch.device) -> str | None:
     if capability >= (8, 9):
         return None
     name = torch.cuda.get_device_name(device)
-    return f"fp8 needs compute capability 8.9 or later (Ada, Hopper, Blackwell); {name} has {capability[0]}.{capability[1]}"
+    has = f"{name} has {capability[0]}.{capability[1]}"
+    return f"fp8 needs compute capability 8.9 or later (Ada, Hopper, Blackwell); {has}"
 
 
 Grads = tuple[Tensor | None, ...]
@@ -254,8 +255,8 @@ class Op:
         backend = "triton" if x.is_cuda or _forced == "triton" else "native"
         if not _HAS_TRITON if backend == "triton" else _NATIVE_REASON is not None or not native.supports(x):
             raise ValueError(
-                f"no kernel of torch.ops.pusa_fast takes {x.dtype} on {x.device} here: call pusa_fast.ops, which falls back "
-                "to plain torch"
+                f"no kernel of torch.ops.pusa_fast takes {x.dtype} on {x.device} here: call pusa_fast.ops, which "
+                "falls back to plain torch"
             )
         results = self._launch(backend, args)
         if self.written:

@@ -90,8 +90,8 @@ _qk_rope_ = Op(
 
 # (dq, dk, dweight_q, dweight_k) by the inputs of `qk_rope`, the last two empty if unwanted.
 _qk_rope_backward = Op(
-    "qk_rope_backward(Tensor dq, Tensor dk, Tensor q, Tensor k, Tensor weight_q, Tensor weight_k, Tensor cos, Tensor sin, "
-    "SymInt[] grid, SymInt first_token, Tensor rstd_q, Tensor rstd_k, bool want_weights) "
+    "qk_rope_backward(Tensor dq, Tensor dk, Tensor q, Tensor k, Tensor weight_q, Tensor weight_k, Tensor cos, "
+    "Tensor sin, SymInt[] grid, SymInt first_token, Tensor rstd_q, Tensor rstd_k, bool want_weights) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "qk_rope_backward",
 )

@@ -32,8 +32,8 @@ _Parts = dict[str, list[tuple[slice, LoRAEntry]]]  # our parameter name -> (rows
 BOTH = "both"
 _FORMS = (
     'this model has two experts, so say which of them a LoRA is for: {"high": file, "low": file}, or experts="high", '
-    '"low" or "both"; in a pipeline {"high": {path: strength}, "low": {path: strength}}, or "both"; on the command line high=PATH:STRENGTH, '
-    "low=PATH:STRENGTH or both=PATH:STRENGTH"
+    '"low" or "both"; in a pipeline {"high": {path: strength}, "low": {path: strength}}, or "both"; '
+    "on the command line high=PATH:STRENGTH, low=PATH:STRENGTH or both=PATH:STRENGTH"
 )
 
 

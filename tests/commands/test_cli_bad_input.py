@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from bad_input import BAD
 from pusa_fast import DiTConfig, Pipeline, VAEConfig, WanDiT, WanVAE, cli, video
 from pusa_fast.device import OutOfMemory
 from pusa_fast.pipeline import Run
@@ -109,129 +110,6 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# What is typed after `generate "a red circle" --model tiny`, and what the answer has to contain.
-BAD: dict[str, tuple[list[str], list[str]]] = {
-    "size not divisible": (["--size", "70x64"], ["width=70", "64 or 80"]),
-    "height not divisible": (["--size", "64x40"], ["height=40", "32 or 48"]),
-    "size of nothing": (["--size", "0x64"], ["width=0"]),
-    "size that is no size": (["--size", "64"], ["--size 64", "832x480"]),
-    "frames not 4k+1": (["--frames", "16"], ["--frames=16", "13 or 17"]),
-    "no frames": (["--frames", "0"], ["--frames", "0"]),
-    "negative frames": (["--frames", "-3"], ["-3"]),
-    "no steps": (["--steps", "0"], ["--steps", "got 0"]),
-    "steps in words": (["--steps", "two"], ["'two' is not a whole number"]),
-    "shift of nothing": (["--shift", "0"], ["--shift", "got 0"]),
-    "negative guidance": (["--guidance", "-1"], ["--guidance", "-1"]),
-    "guidance that is no number": (["--guidance", "nan"], ["--guidance", "nan"]),
-    "fps of nothing": (["--fps", "0"], ["--fps=0"]),
-    "fps that is no number": (["--fps", "nan"], ["--fps=nan"]),
-    "negative seed": (["--seed", "-1"], ["--seed -1"]),
-    "seed too large": (["--seed", "9999999999999999999"], ["seed", "9999999999999999999"]),
-    "seed twice": (["--seed", "1,2,1"], ["--seed 1", "twice"]),
-    "unknown compat": (["--compat", "close"], ["'close'"]),
-    "unknown fit": (["--fit", "zoom"], ["'zoom'"]),
-    "unknown tiling": (["--tiling", "round"], ["'round'"]),
-    "unknown dtype": (["--dtype", "int8"], ["'int8'"]),
-    "unknown attention": (["--attention", "fa9"], ["'fa9'", "sdpa"]),
-    "unknown option": (["--bogus"], ["--bogus"]),
-    "latent outside": (["--keyframe", "first.png@9:0.1"], ["first.png: latent 9", "0 to 4"]),
-    "negative latent outside": (["--keyframe", "first.png@-6"], ["latent -6", "0 to 4"]),
-    "keyframe without latent": (["--keyframe", "first.png"], ["--keyframe first.png", "PATH@LATENT:NOISE"]),
-    "keyframe with odd latent": (["--keyframe", "first.png@x:0.1"], ["first.png@x:0.1", "PATH@LATENT:NOISE"]),
-    "kept latent outside": (["--video", "nine.mp4", "--keep", "0-7"], ["latent 5", "0 to 4"]),
-    "kept latents unreadable": (["--video", "nine.mp4", "--keep", "3-1"], ["--keep 3-1"]),
-    "noise above 1": (["--image", "first.png", "--image-noise", "1.2"], ["1.2", "noise"]),
-    "noise below 0": (["--end-image", "first.png", "--end-noise", "-0.1"], ["-0.1", "noise"]),
-    "noise that is no number": (["--image", "first.png", "--image-noise", "nan"], ["nan", "noise"]),
-    "noise of a keyframe": (["--keyframe", "first.png@1:7"], ["first.png@1:7", "7", "[0, 1]"]),
-    "noise of a keyframe in words": (["--keyframe", "first.png@1:some"], ["some"]),
-    "noise of kept latents": (["--video", "nine.mp4", "--keep", "0-1", "--keep-noise", "0,2"], ["--keep-noise 2"]),
-    "noise of an extension nan": (["--extend", "nine.mp4", "--keep-noise", "nan"], ["nan"]),
-    "counts that do not match": (
-        ["--video", "nine.mp4", "--keep", "0-2", "--keep-noise", "0,0.1"],
-        ["2 values", "3 latents"],
-    ),
-    "counts of a transition": (
-        ["--transition", "nine.mp4", "nine.mp4", "--keep-noise", "0,0,0"],
-        ["3 values", "4 latents"],
-    ),
-    "too many for the overlap": (
-        ["--extend", "nine.mp4", "--overlap", "5", "--keep-noise", "0,0,0"],
-        ["3 values", "2 latents"],
-    ),
-    "two on one latent": (["--image", "first.png", "--keyframe", "first.png@0"], ["first.png both give latent 0"]),
-    "two on the last latent": (["--end-image", "first.png", "--keyframe", "first.png@4"], ["latent 4"]),
-    "kept latent twice": (["--video", "nine.mp4", "--keep", "1,0-2"], ["twice"]),
-    "overlap not 4k+1": (["--extend", "nine.mp4", "--overlap", "8"], ["--overlap 8", "5 or 9"]),
-    "extension of one frame": (["--extend", "nine.mp4", "--frames", "1"], ["--frames 1", "at least 5"]),
-    "overlap of everything": (["--extend", "nine.mp4", "--overlap", "17"], ["--overlap 17", "17 frames", "at most 13"]),
-    "ends that do not fit": (["--transition", "nine.mp4", "nine.mp4", "--ends", "3"], ["--ends 3", "5 latents"]),
-    "no ends": (["--transition", "nine.mp4", "nine.mp4", "--ends", "0"], ["--ends 0"]),
-    "one clip for a transition": (["--transition", "nine.mp4"], ["--transition"]),
-    "extension shorter than kept": (["--extend", "nine.mp4", "--overlap", "13"], ["nine.mp4", "9 frames", "13"]),
-    "video shorter than kept": (["--video", "nine.mp4", "--keep", "0-3"], ["nine.mp4", "9 frames", "13"]),
-    "second clip shorter than kept": (
-        ["--transition", "nine.mp4", "nine.mp4", "--ends", "2", "--fps", "4"],
-        ["nine.mp4", "5 frames"],
-    ),
-    "noise without its picture": (["--image-noise", "0.2"], ["--image-noise needs --image"]),
-    "overlap without its clip": (["--overlap", "9"], ["--overlap needs --extend"]),
-    "video without keep": (["--video", "nine.mp4"], ["--video needs --keep"]),
-    "two clips": (["--extend", "nine.mp4", "--transition", "nine.mp4", "nine.mp4"], ["--extend and --transition"]),
-    "missing picture": (["--image", "none.png"], ["none.png", "no such file"]),
-    "truncated picture": (["--image", "cut.png"], ["cut.png", "truncated"]),
-    "text as a picture": (["--end-image", "text.png"], ["text.png", "not a picture"]),
-    "folder as a picture": (["--image", "holiday"], ["holiday", "give a file"]),
-    "decompression bomb": (["--image", "bomb.png"], ["bomb.png", "would unpack to more than"]),
-    "missing video": (["--extend", "none.mp4", "--overlap", "5"], ["none.mp4", "no such file"]),
-    "truncated video": (["--extend", "cut.mp4", "--overlap", "5"], ["cut.mp4", "truncated"]),
-    "truncated after what is kept": (["--video", "cut.mp4", "--keep", "0"], ["cut.mp4", "truncated"]),
-    "truncated second clip": (["--transition", "nine.mp4", "cut.mp4", "--ends", "1"], ["cut.mp4", "truncated"]),
-    "out folder that holds the input": (
-        ["--image", "numbered/0001.png", "--out", "numbered/", "--overwrite"],
-        ["0001.png", "made from"],
-    ),
-    "out folder that is a file": (["--out", "first.png/", "--overwrite"], ["first.png", "is a file"]),
-    "sheet in a folder's place": (["--out", "pictures.mp4", "--overwrite"], ["pictures.json", "is a folder"]),
-    "out without a name": (["--out", ""], ["names no file"]),
-    "gif at a rate no player shows": (["--out", "clip.gif", "--fps", "60"], ["60", "50"]),
-    "rate that rounds to nothing": (["--fps", "0.00001"], ["1e-05", "0.001"]),
-    "more frames than a film": (["--frames", "100000000000000001"], ["100000000000000001", "100001"]),
-    "more steps than levels": (["--steps", "100000"], ["100000", "1000"]),
-    "record with a list for a word": (["--from", "tiled.json"], ["tiling", "'a'"]),
-    "record with odd hashes": (["--from", "hashed.json"], ["hashes"]),
-    "record that writes nothing": (["--from", "nothing.json"], ["written"]),
-    "empty video": (["--video", "empty.mp4", "--keep", "0"], ["empty.mp4", "empty"]),
-    "text as a video": (["--video", "text.mp4", "--keep", "0"], ["text.mp4"]),
-    "folder without pictures": (["--video", "holiday", "--keep", "0"], ["holiday", "without PNG"]),
-    "missing LoRA": (["--lora", "none.safetensors:1.4"], ["none.safetensors", "does not exist"]),
-    "LoRA of no strength": (["--lora", "x.safetensors:nan"], ["nan"]),
-    "LoRA of one expert and of all": (["--lora", "high=x.pt", "--lora", "y.pt"], ["high=x.pt", "before each path"]),
-    "LoRA for an expert of a single model": (["--lora", "low=first.png:0.5"], ["no experts", "low"]),
-    "none and a LoRA": (["--lora", "none", "--lora", "x.safetensors"], ["none"]),
-    "output of another kind": (["--out", "clip.avi"], ["clip.avi", ".mp4"]),
-    "output into nowhere": (["--out", "nowhere/clip.mp4"], ["nowhere", "does not exist"]),
-    "output that exists": (["--out", "nine.mp4"], ["nine.mp4 exists", "--overwrite"]),
-    "sheet that exists": (["--out", "first.mp4"], ["first.png exists", "--overwrite"]),
-    "output over its input": (
-        ["--extend", "nine.mp4", "--overlap", "5", "--out", "nine.mp4", "--overwrite"],
-        ["nine.mp4", "made from"],
-    ),
-    "sheet over its input": (["--image", "first.png", "--out", "first.mp4", "--overwrite"], ["first.png", "made from"]),
-    "output over a folder": (["--out", "holiday", "--overwrite"], ["holiday", "photo.jpg"]),
-    "model that is missing": (["--model", "nowhere"], ["nowhere", "not a model"]),
-    "folder that is no model": (["--model", "holiday"], ["holiday", "not a model", "model.json"]),
-    "model that is incomplete": (["--model", "half"], ["half"]),
-    "file as a model": (["--model", "first.png"], ["first.png", "not a model"]),
-    "record that is missing": (["--from", "none.json"], ["none.json", "no such file"]),
-    "record that is damaged": (["--from", "cut.json"], ["cut.json", "JSON"]),
-    "record of something else": (["--from", "list.json"], ["list.json", "record"]),
-    "record that is a clip": (["--from", "nine.mp4"], ["nine.mp4", "JSON"]),
-    "record with an odd condition": (["--from", "odd.json"], ["first.png", "'zero'"]),
-    "record with an odd rate": (["--from", "slow.json"], ["'8'"]),
-}
-
-
 def is_answered(result: Result, parts: list[str]) -> bool:
     """Exit code 2 and one line on stderr that holds the parts."""
     assert result.exit_code == 2, result.output
@@ -311,7 +189,8 @@ def raising(error: BaseException, call: int = 1) -> Callable[[int], None]:
         OutOfMemory("decode", "on cpu"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines"),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: "
+            "you tried to allocate 9 bytes"
         ),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
         MemoryError(),

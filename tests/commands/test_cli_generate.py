@@ -52,7 +52,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_lora(path: Path, dim: int) -> None:
-    """On a projection whose output nothing normalises, so that its strength is seen in the frames."""
+    """On a projection whose output nothing normalises, so that the frames show its strength."""
     generator = torch.Generator().manual_seed(6)
     name = "blocks.1.ffn.2"
     tensors = {f"{name}.lora_A.default.weight": torch.randn(2, 32, generator=generator)}

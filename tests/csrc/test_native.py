@@ -1,15 +1,14 @@
-"""The native CPU ops: every instruction set, any number of threads, GELU, and no compiled part at all.
+"""The native CPU ops: every instruction set, any number of threads, GELU, and no compiled part at
+all.
 
-That each op is its formula, for all shapes and forms, is tested with the Triton kernels in tests/kernels.
+That each op is its formula, for all shapes and forms, is tested with the Triton kernels in
+tests/kernels.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -47,8 +46,9 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-# Each op on inputs of its own: what native code returns, and the same from plain torch in a given precision. Gradients are
-# autograd's through the reference op, from the row that the backward pass is given.
+# Each op on inputs of its own: what native code returns, and the same from plain torch in a given
+# precision. Gradients are autograd's through the reference op, from the row that the backward pass
+# is given.
 def residual_norm(dtype: torch.dtype, tokens: int, width: int) -> tuple[Tensors, Callable[[torch.dtype], Tensors]]:
     B, F = 2, 3
     x, y, dr, dn = (make_input(B, F * tokens, width, seed=s, dtype=dtype, padded=True) for s in range(4))
@@ -184,7 +184,8 @@ def linear_rows(dtype: torch.dtype, tokens: int, width: int) -> tuple[Tensors, C
 
 
 def vae_act(dtype: torch.dtype, tokens: int, width: int) -> tuple[Tensors, Callable[[torch.dtype], Tensors]]:
-    """Two rows of `tokens` pixels behind an upsampling, of twice as many else. gamma takes SiLU to where its bounds count."""
+    """Two rows of `tokens` pixels behind an upsampling, of twice as many else. gamma takes SiLU to
+    where its bounds count."""
     x, plain = (make_input(1, 1, 2, 2 * tokens, width, seed=s, dtype=dtype) for s in range(2))
     phases = make_input(1, 1, 2, tokens + 1, 4 * width, seed=2, dtype=dtype)
     gamma, bias = make_input(width, seed=3, dtype=dtype), make_input(width, seed=4)
@@ -259,7 +260,8 @@ def test_every_instruction_set_is_within_budget(isa: str, op: Any, width: int, d
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_instruction_sets_agree(op: Any, dtype: torch.dtype) -> None:
-    """To rounding: at most a unit in the last place of the largest value, in float32 a few of its own."""
+    """To rounding: at most a unit in the last place of the largest value, in float32 a few of its
+    own."""
     before, results = _native.isa(), {}
     for name in ISAS:
         _native.set_isa(name)
@@ -291,7 +293,7 @@ def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
 
 
 def test_bf16_is_rounded_as_torch_does(isa: str) -> None:
-    """-0 + y, where x is bf16 and y any float32: ties, overflow, subnormals, NaN with any payload."""
+    """-0 + y, where x is bf16 and y any float32: ties, overflow, subnormals, any NaN."""
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(1 << 31), 1 << 31, (1 << 16,), generator=generator, dtype=torch.int64).to(torch.int32)
     ties = (bits & ~0xFFFF) | 0x8000
@@ -307,7 +309,7 @@ def test_bf16_is_rounded_as_torch_does(isa: str) -> None:
 
 
 def test_step_leaves_frozen_frames_bit_for_bit(isa: str) -> None:
-    """Signalling NaN, -0, subnormals and the rest of a frozen frame, whatever the velocity holds."""
+    """Signalling NaN, -0, subnormals and the rest of a frozen frame, whatever the velocity."""
     for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
         any_bits = torch.randint(-(1 << 15), 1 << 15, (1, 2, 3, 5, 7), generator=torch.Generator().manual_seed(0))
         x = any_bits.to(torch.int16).view(torch.bfloat16).to(dtype) if dtype == torch.float32 else None
@@ -320,7 +322,8 @@ def test_step_leaves_frozen_frames_bit_for_bit(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gelu_over_the_whole_range(isa: str, dtype: torch.dtype) -> None:
-    """All of bf16; of float32 as many, the same upper halves and random lower ones. Within torch's budget in each binade."""
+    """All of bf16; of float32 as many, the same upper halves and random lower ones. Within torch's
+    budget in each binade."""
     patterns = torch.arange(-(1 << 15), 1 << 15)
     if dtype == torch.bfloat16:
         x = patterns.to(torch.int16).view(dtype)
@@ -375,37 +378,3 @@ def test_gelu_slope_over_the_whole_range(isa: str, dtype: torch.dtype) -> None:
     plain = x.abs() < 1e30  # torch's own overflows there
     assert_within_budget(found[plain], low[plain], oracle[plain])
     assert found[-6] == 1 and found[-5].abs() < 1e-30
-
-
-def run(source: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, env={**os.environ, **environment}, check=True
-    )
-    return done.stdout.strip()
-
-
-def test_environment_chooses_the_instruction_set() -> None:
-    source = """
-import pusa_fast._native as native
-try:
-    print(native.isa())
-except ValueError as error:
-    print(error)
-"""
-    assert run(source, PUSA_NATIVE_ISA="base") == "base"
-    assert run(source, PUSA_NATIVE_ISA="") == ISAS[-1]
-    have = ", ".join(ISAS)
-    assert run(source, PUSA_NATIVE_ISA="avx9") == f"PUSA_NATIVE_ISA is avx9: this build and processor have {have}"
-
-
-def test_without_the_compiled_part_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = """
-import sys
-sys.modules["pusa_fast._native"] = None
-from pusa_fast.native import rows as native
-print(native.available())
-"""
-    assert "pip install -e ." in run(source)
-    monkeypatch.delattr(_native, "gelu")
-    reason = native.available()
-    assert reason is not None and "lacks gelu: it is older than this source" in reason

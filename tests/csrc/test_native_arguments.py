@@ -1,4 +1,5 @@
-"""Wrong arguments, straight into the compiled module: a ValueError, and no memory but theirs is touched."""
+"""Wrong arguments, straight into the compiled module: a ValueError, and no memory but theirs is
+touched."""
 
 from __future__ import annotations
 
@@ -181,7 +182,8 @@ def floats_or_not() -> st.SearchStrategy[torch.dtype]:
 
 @st.composite
 def any_tensor(draw: st.DrawFn, like: Tensor) -> Tensor:
-    """Of nearly the right shape, of any strides (0 among them), with its data in the middle of readable memory."""
+    """Of nearly the right shape, of any strides (0 among them), with its data in the middle of
+    readable memory."""
     shape = list(like.shape)
     for _ in range(draw(st.integers(0, 2))):
         axis = draw(st.integers(0, len(shape)))

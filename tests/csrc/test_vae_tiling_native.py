@@ -116,7 +116,8 @@ def test_memory_around_outputs_is_untouched(data: st.DataObject) -> None:
 
 class DLTensor(ctypes.Structure):
     _fields_ = [
-        *(("data", ctypes.c_void_p), ("device", ctypes.c_int32), ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32)),
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("device", "device_id", "ndim")),
         *(("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)),
         *(("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64))),
         *(("byte_offset", ctypes.c_uint64), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)),
@@ -198,7 +199,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tile": capsule([2, 6, 8, 3], [2**62, 2**62, 3, 1])}, "fit into memory"),
     ({"out": capsule([2, 4, 5, 3], device=(2, 0))}, "on the device of|must be on the CPU"),
     ({"tile": capsule([2, 6, 8, 3], device=(2, 0))}, "on the device of|must be on the CPU"),
-    ({"out": capsule([2, 4, 5, 3], device=(2, 0)), "tiles": at(capsule([2, 6, 8, 3], device=(2, 1)))}, "device of|the CPU"),
+    (
+        {"out": capsule([2, 4, 5, 3], device=(2, 0)), "tiles": at(capsule([2, 6, 8, 3], device=(2, 1)))},
+        "device of|the CPU",
+    ),
     ({"tile": capsule([2, 6, 8, 3], device=(10, 0))}, "must be on the CPU"),  # one that no build serves
     ({"tile": None}, "must be a tensor"),
 ]  # fmt: skip

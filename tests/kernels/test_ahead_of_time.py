@@ -67,7 +67,8 @@ def double(x, BROKEN: tl.constexpr):
 def call(model, broken):
     double[(1,)](model.stream(), BROKEN=broken)
 
-forms = [ahead_of_time.Case("double", str(broken), lambda m, broken=broken: call(m, broken)) for broken in (True, False)]
+case = ahead_of_time.Case
+forms = [case("double", str(broken), lambda m, broken=broken: call(m, broken)) for broken in (True, False)]
 ahead_of_time.cases_of = lambda model: forms
 good, bad = ahead_of_time.measure([90], ["nano"])
 assert (good["variant"], good["registers"] > 0, ahead_of_time.faults(good)) == ("False", True, []), good

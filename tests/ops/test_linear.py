@@ -1,4 +1,5 @@
-"""Matmuls with their bias and activation fused: right in every dtype, differentiable where autograd records."""
+"""Matmuls with their bias and activation fused: right in every dtype, differentiable where autograd
+records."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def test_linear_gelu(backend: str, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def test_linear_gelu_is_the_tanh_form(backend: str) -> None:
-    """Around -2.3 it differs from the exact form by 2 %, which an error budget set by the largest value would hide."""
+    """Around -2.3 it differs from the exact form by 2 %, which an error budget set by the largest
+    value would hide."""
     x = torch.linspace(-3, -1, 64).to(torch.bfloat16).unsqueeze(1)
     one, zero = torch.ones(1, 1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.bfloat16)
     exact = gelu(x.double())

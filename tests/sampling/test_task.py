@@ -153,7 +153,7 @@ def test_task_name(conditions: list[Condition], task: str) -> None:
         ([Condition(Clip(9), [0, 1], source=[0])], r"source=\[0\] names 1 latents, latent=\[0, 1\] 2"),
         (
             [Condition("first.png"), Condition("clip.mp4", slice(0, 4))],
-            r"conditions\[0\] \(first.png\) and conditions\[1\] \(clip.mp4\) both give latent 0: keep one of them there",
+            r"conditions\[0\] \(first.png\) and conditions\[1\] \(clip.mp4\) both give latent 0: keep one of",
         ),
         (["first.png"], r"conditions\[0\] is a str, not a Condition"),
     ],

@@ -21,7 +21,7 @@ from runs import made_up_captions
 
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
-    """A run of one step on a clip of 20 x 32 pixels and 7 frames, for a model of unusual geometry."""
+    """A run of one step on a clip of 20 x 32 pixels, 7 frames, for a model of unusual geometry."""
     model = unusual_model(tmp_path / "model")
     about = {"vae": "", "text": "", "channels": 16, "text_dim": 64, "text_len": 6}
     with StoreWriter(tmp_path / "clips", about) as writer:

@@ -1,10 +1,10 @@
 """Makes this folder's files, with the commit of its name: `PYTHONPATH=CHECKOUT python make.py`, in
 an empty folder.
 
-clips/                 what `prepare` was given: two videos of 9 frames, two pictures and their captions
+clips/                 what `prepare` was given: two videos of 9 frames, two pictures, captions
 store/                 what it wrote: six clips of two shapes
 dit.safetensors        one block of width 12 with random weights
-run/                   a run of six steps on the store that SIGTERM stopped in its fourth; its checkpoint of step 3
+run/                   a run of six steps that SIGTERM stopped in its fourth; checkpoint of step 3
 finished/              the LoRA and the metrics of the same run when nothing stops it
 made_on.json           on which the last bits of those depend
 """

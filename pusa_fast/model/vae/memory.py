@@ -168,8 +168,8 @@ def resolve(
         least = peak_bytes(vae, kind, shape, grids[-1] if grids else None, frames)
         raise ValueError(
             f"to {kind} {tuple(shape)} takes {least / 2**30:.2f} GiB in the smallest tiles, and "
-            f"{max(memory, 0) / 2**30:.2f} GiB can be used: take a smaller height and width, fewer frames, or a smaller "
-            "dtype"
+            f"{max(memory, 0) / 2**30:.2f} GiB can be used: take a smaller height and width, fewer frames, or a "
+            "smaller dtype"
         )
     return grids[bisect_left(range(len(grids)), True, key=lambda i: fits(grids[i]))]
 

@@ -92,8 +92,8 @@ class WanVAE(nn.Module):
     def decode(self, z: Tensor, tiling: Tiling | None = None) -> Tensor:
         """Normalised latents [B, z_dim, F, h, w] -> video [B, 3, 1 + 4(F-1), 8h, 8w] in [-1, 1].
 
-        The result has z's dtype and is channels-last in memory. Raises ValueError for another number
-        of channels or an empty clip.
+        The result has z's dtype and is channels-last in memory. Raises ValueError for another
+        number of channels or an empty clip.
         """
         sums = torch.promote_types(self.dtype, torch.float32)
         dtype = z.dtype if z.dtype.itemsize < sums.itemsize else sums
