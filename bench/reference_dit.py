@@ -2,7 +2,7 @@
 nothing fused, nothing cached.
 
 A modulation row for every token, each block's own table added to all of it, RMSNorm in float32,
-RoPE in complex128 with angles made anew for each forward, three products where ours has one.
+RoPE in complex128 with angles made again for each forward, three matmuls where ours has one.
 Parameters carry official Wan names, so PEFT's adapters go on as the reference puts them. Shapes: B
 clips, N tokens, D width, H heads.
 """

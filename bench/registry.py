@@ -66,7 +66,7 @@ DEFAULT_DTYPES: Mapping[str, tuple[str, ...]] = {"cuda": ("bf16",), "cpu": ("fp3
 
 @dataclass(frozen=True)
 class Spec:
-    """How a tensor is drawn: its size, the axis on which frames lie ("tokens", "frames", "latent",
+    """How a tensor is drawn: its size, the axis of its frames ("tokens", "frames", "latent",
     "step", None), its law."""
 
     size: Callable[[Shape], tuple[int, ...]]
@@ -169,7 +169,7 @@ def frame_of(name: str, value: Tensor, frame: int, grid: tuple[int, int, int]) -
 
 
 def along(axis: str | None, value: Tensor, frame: int, grid: tuple[int, int, int]) -> Tensor:
-    """A frame's part of a tensor whose frames lie on `axis`."""
+    """A frame's part of a tensor whose frames are on `axis`."""
     per_frame = grid[1] * grid[2]
     if axis == "tokens":
         return value[:, frame * per_frame : (frame + 1) * per_frame]
@@ -206,7 +206,7 @@ class Op:
 
     `moves`: what one pass reads and writes, in `units`. `outputs`: the axis of each output's
     frames. `leaves`: with it the derivative is measured, by these inputs, for the output gradients
-    `grads`. `mutates`: inputs that the call overwrites. `oracle` and `view`: what stands for the
+    `grads`. `mutates`: inputs that the call overwrites. `oracle` and `view`: what replaces the
     body in float64, and how outputs become comparable with it.
     """
 
@@ -344,7 +344,7 @@ def residual_norm_fp8(impl: Any, t: Inputs) -> Outputs:
 
 
 def _expanded(rows: Outputs) -> Outputs:
-    """(..., q, scale) -> (..., q * scale): what the rows stand for."""
+    """(..., q, scale) -> (..., q * scale): what the rows mean."""
     *others, q, scale = rows
     return *others, q.float() * scale
 

@@ -154,7 +154,7 @@ def parse_loras(texts: list[str]) -> dict[str, Any]:
     """{path: strength} of PATH or PATH:STRENGTH each; {"high": {path: strength}, ...} of those
     behind high=, low= or both=.
 
-    "none" stands for no LoRA at all. Only a number after the last colon is a strength.
+    "none" is no LoRA at all. Only a number after the last colon is a strength.
     """
     if "none" in texts:
         if len(texts) > 1:

@@ -192,10 +192,10 @@ def _refuse_quantised(found: Source, dtype: torch.dtype | None) -> None:
 
 def _config_of(family: Family[C, M], found: Source) -> C | None:
     """The configuration in the file's metadata or a config.json next to it, if of this kind."""
-    beside = found.folder / "config.json" if found.folder else None
+    sidecar = found.folder / "config.json" if found.folder else None
     texts = {
         f"the metadata of {found.label}": found.metadata.get("config"),
-        str(beside): beside.read_text() if beside and beside.is_file() else None,
+        str(sidecar): sidecar.read_text() if sidecar and sidecar.is_file() else None,
     }
     given = ((files.parse_json(text, where), where) for where, text in texts.items() if text is not None)
     configs = (_parse(family, raw, where) for raw, where in given)

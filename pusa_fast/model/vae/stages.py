@@ -2,7 +2,7 @@
 
 A stage is everything between two changes of resolution. It cuts what it is given into pieces of its
 own size, so that wide low-resolution stages run long pieces and none holds more than it must.
-Lengths are counted in latent frames: the first stands for one frame, each later one for `rate`
+Lengths are counted in latent frames: the first is one frame, each later one for `rate`
 frames. Spans are (start, stop) pixels along one axis.
 """
 
