@@ -19,7 +19,7 @@ from pusa_fast.model.vae.modes import join
 from pusa_fast.model.vae.tiling import Tiling
 from pusa_fast.request import CheckedRequest
 from pusa_fast.sampling import conditioning, sampler
-from pusa_fast.sampling.schedule import lift, sigma_grid
+from pusa_fast.sampling import schedule as schedules
 from pusa_fast.video import fit
 
 
@@ -53,7 +53,8 @@ def denoise(
 ) -> Tensor:
     """Latents [1, C, F, h, w], float32 on the model's device. `mode`: `sampler.guidance_mode`'s."""
     settings, plan = checked.settings, checked.plan
-    schedule = lift(sigma_grid(settings.steps, settings.shift), plan.multipliers, settings.compat)
+    grid = schedules.sigma_grid(settings.steps, settings.shift)
+    schedule = schedules.lift(grid, plan.multipliers, settings.compat)
     noise = conditioning.initial_noise(settings.seed, checked.latent_shape).to(dit.device)
     latents = conditioning.initial_latents(noise, schedule, plan.placements, clean)
     scale = settings.guidance_scale

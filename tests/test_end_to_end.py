@@ -163,8 +163,8 @@ def _float64(global_sigmas: Tensor, multipliers: Sequence[float], compat: str = 
 BREAKS = {
     "frame index": ("pusa_fast.sampling.conditioning.initial_latents", _misplaced, "start_end"),
     "noise slice": ("pusa_fast.sampling.conditioning.initial_latents", _wrong_slice, "i2v_noise0.2"),
-    "last step": ("pusa_fast.pipeline.sigma_grid", _no_last_step, "t2v"),
-    "float64 schedule": ("pusa_fast.pipeline.lift", _float64, "i2v_30steps"),
+    "last step": ("pusa_fast.sampling.schedule.sigma_grid", _no_last_step, "t2v"),
+    "float64 schedule": ("pusa_fast.sampling.schedule.lift", _float64, "i2v_30steps"),
 }
 
 

@@ -210,7 +210,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "fit": (["--fit", "zoom"], ["'zoom'"]),
     "dtype": (["--dtype", "int8"], ["'int8'"]),
     "tiling": (["--tiling", "round"], ["'round'"]),
-    "model": (["--model", "nowhere"], ["nowhere", "no model"]),
+    "model": (["--model", "nowhere"], ["nowhere", "not a model"]),
     "device": (["--device", "gpu"], ["gpu"]),
     "out that is a file": (["--out", "l.csv"], ["l.csv is a file"]),
     "out of other things": (["--out", "films"], ["films holds a.mp4", "another folder"]),

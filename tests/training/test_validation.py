@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from pusa_fast.data.store import LatentStore
+from pusa_fast.pipeline import Run
 from pusa_fast.training import validation
 from pusa_fast.training.data import validation_batches
 from pusa_fast.training.trainer import train
@@ -91,8 +92,10 @@ def test_samples_take_the_memory_that_training_leaves(tiny: Any, monkeypatch: py
     monkeypatch.setattr(validation, "usable_memory", lambda device: 10**9)
     monkeypatch.setattr(
         validation.Pipeline,
-        "__call__",
-        lambda self, **named: seen.append(named["tiling"]) or torch.zeros(9, 32, 32, 3, dtype=torch.uint8),
+        "run",
+        lambda self, request: (
+            seen.append(request.tiling) or Run(torch.zeros(9, 32, 32, 3, dtype=torch.uint8), None, {})
+        ),
     )
     config = tiny.config(steps=2, validation={"every": 2, "samples": [{"prompt": "a"}]}, optim={"ema_decay": 0.5})
     train(config)

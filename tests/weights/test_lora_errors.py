@@ -130,7 +130,7 @@ def test_file_errors(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     refuses(path, r"l\.safetensors is damaged")
     path.unlink()
-    refuses(tmp_path, "no directory of a LoRA")
+    refuses(tmp_path, "not a directory of a LoRA")
 
 
 def test_values_on_meta_cannot_go_onto_real_weights() -> None:
